@@ -1,0 +1,275 @@
+"""FP8 (e4m3), FP4 (e2m1) and E8M0 codecs, for NumPy and JAX arrays alike (architecture.md §12).
+
+Every codec takes either kind of array and returns the same kind: NumPy for checkpoints, JAX inside `jit` and kernels.
+The two agree bit for bit, because all rounding is explicit integer and power-of-two arithmetic: no `log2`, no division,
+no dependence on how a backend casts float32 to an 8- or 4-bit type.
+
+Layouts. FP8 weights have one scale per 128×128 tile, edge tiles being smaller. FP4 weights hold two codes per byte, the
+even index in the low nibble, and one scale per 32 consecutive inputs. Leading axes (stacked experts) are batch axes.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int8, Shaped
+
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+FP8_TILE = (128, 128)
+FP4_BLOCK = 32
+
+_ROUND_TRIP_FLOOR = 1e-4
+_TINY = 2.0**-126
+
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
+
+
+def _namespace(x: Any) -> Any:
+    return jnp if isinstance(x, jax.Array) else np
+
+
+def _bitcast(x: Any, dtype: Any) -> Any:
+    return jax.lax.bitcast_convert_type(x, dtype) if isinstance(x, jax.Array) else x.view(dtype)
+
+
+def _power_of_two(field: Any) -> Any:
+    """2^(field - 127) for an int32 exponent field in [0, 254]; field 0 gives 0."""
+    return _bitcast(field << 23, np.float32)
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+def decode_e8m0(codes: Shaped[AnyArray, "..."]) -> Float32[AnyArray, "..."]:
+    """2^(byte - 127) as float32; byte 255 is NaN (architecture.md §12.1).
+
+    Args:
+        codes: uint8 or float8_e8m0fnu.
+    """
+    if codes.dtype == np.uint8:
+        codes = _bitcast(codes, ml_dtypes.float8_e8m0fnu)
+    return codes.astype(np.float32)
+
+
+def encode_e8m0(scale: Float32[AnyArray, "..."]) -> Shaped[AnyArray, "..."]:
+    """Powers of two in [2^-127, 2^127] as float8_e8m0fnu; NaN becomes byte 255.
+
+    The mantissa of a JAX array is ignored, since its values cannot be checked.
+
+    Raises:
+        ValueError: a NumPy value is not a power of two.
+    """
+    bits = _bitcast(scale, np.uint32)
+    if isinstance(scale, np.ndarray):
+        is_power = (bits & 0x807FFFFF == 0) & (bits != 0) & np.isfinite(scale)
+        exact = is_power | (bits == 0x00400000) | np.isnan(scale)  # 2^-127 is subnormal
+        if not exact.all():
+            raise ValueError(f"E8M0 scale: got {scale[~exact].flat[0]}, need a positive power of two")
+    return _bitcast((bits >> 23).astype(np.uint8), ml_dtypes.float8_e8m0fnu)
+
+
+def _scale_field(amax: Any, largest: float, floor: float) -> Any:
+    """Exponent field of 2^⌈log2(amax / largest)⌉: the float32 quotient's, one up if any mantissa bit is set."""
+    xp = _namespace(amax)
+    # The official kernels multiply by the float32 reciprocal; dividing would round a few scales differently.
+    bits = _bitcast(xp.maximum(amax, np.float32(floor)) * np.float32(1 / largest), np.int32)
+    field = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    return xp.clip(field, 1, 253)
+
+
+def _round_to_grid(x: Any, mantissa_bits: int, min_exponent: int) -> Any:
+    """Nearest value, ties to even, with that many mantissa bits; below 2^min_exponent the spacing stays constant."""
+    xp = _namespace(x)
+    field = xp.maximum((_bitcast(x, np.int32) >> 23) & 0xFF, 127 + min_exponent) - mantissa_bits
+    return xp.round(x * _power_of_two(254 - field)) * _power_of_two(field)
+
+
+def _round_e4m3(x: Any) -> Any:
+    return _round_to_grid(_namespace(x).clip(x, -E4M3_MAX, E4M3_MAX), mantissa_bits=3, min_exponent=-6)
+
+
+def _round_e2m1(x: Any) -> Any:
+    return _round_to_grid(_namespace(x).clip(x, -E2M1_MAX, E2M1_MAX), mantissa_bits=1, min_exponent=0)
+
+
+# ---- FP8 -------------------------------------------------------------------------------------------------------------
+_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def decode_fp8(
+    weight: Shaped[AnyArray, "*batch o i"],
+    scale: Shaped[AnyArray, "*batch row_tiles column_tiles"],
+    tile: tuple[int, int] = FP8_TILE,
+) -> Float32[AnyArray, "*batch o i"]:
+    """Values of an FP8 matrix with one scale per tile.
+
+    Args:
+        weight: float8_e4m3fn.
+        scale: uint8 or float8_e8m0fnu (both read as E8M0) or a float type, [⌈o/tile⌉, ⌈i/tile⌉].
+        tile: rows and columns per scale; edge tiles are cut off.
+
+    Raises:
+        ValueError: `scale` does not have one value per tile.
+    """
+    rows, columns = weight.shape[-2:]
+    tiles = fp8_scale_shape(weight.shape, tile)
+    if scale.shape != tiles:
+        raise ValueError(f"FP8 scale: got shape {scale.shape}, need {tiles} for a weight of shape {weight.shape}")
+    values = _E4M3_VALUES[weight.view(np.uint8)] if isinstance(weight, np.ndarray) else weight.astype(np.float32)
+    xp = _namespace(weight)
+    spread = xp.repeat(_scale_values(scale), tile[1], axis=-1)[..., :columns]
+    return values * xp.repeat(spread, tile[0], axis=-2)[..., :rows, :]
+
+
+def fp8_scale_shape(shape: tuple[int, ...], tile: tuple[int, int] = FP8_TILE) -> tuple[int, ...]:
+    """Shape of the scale of an FP8 weight of this shape."""
+    return (*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1]))
+
+
+def encode_fp8(
+    x: Float[AnyArray, "*batch o i"], tile: tuple[int, int] = FP8_TILE
+) -> tuple[Shaped[AnyArray, "*batch o i"], Shaped[AnyArray, "*batch row_tiles column_tiles"]]:
+    """float8_e4m3fn codes and float8_e8m0fnu scales of a matrix; a scale is the smallest power of two that fits.
+
+    Raises:
+        ValueError: a NumPy value is not finite.
+    """
+    xp = _namespace(x)
+    x = _finite(x)
+    rows, columns = x.shape[-2:]
+    *batch, row_tiles, column_tiles = fp8_scale_shape(x.shape, tile)
+    edge = ((0, row_tiles * tile[0] - rows), (0, column_tiles * tile[1] - columns))
+    padded = xp.pad(x, ((0, 0),) * len(batch) + edge).reshape(*batch, row_tiles, tile[0], column_tiles, tile[1])
+    field = _scale_field(xp.abs(padded).max(axis=(-3, -1)), E4M3_MAX, E4M3_MAX * _TINY)
+    codes = _round_e4m3(padded * _power_of_two(254 - field)[..., :, None, :, None]).reshape(
+        *batch, row_tiles * tile[0], column_tiles * tile[1]
+    )
+    return codes[..., :rows, :columns].astype(ml_dtypes.float8_e4m3fn), encode_e8m0(_power_of_two(field))
+
+
+def _finite(x: Any) -> Any:
+    x = x.astype(np.float32)
+    if isinstance(x, np.ndarray) and not np.isfinite(x).all():
+        raise ValueError("quantisation: got NaN or infinity, need finite values")
+    return x
+
+
+def _scale_values(scale: Any) -> Any:
+    is_e8m0 = scale.dtype == np.uint8 or scale.dtype == ml_dtypes.float8_e8m0fnu
+    return decode_e8m0(scale) if is_e8m0 else scale.astype(np.float32)
+
+
+# ---- FP4 -------------------------------------------------------------------------------------------------------------
+def _e2m1_values(codes: Any) -> Any:
+    """Values of 4-bit codes held in int32: bit 3 is the sign, bits 0-2 index 0, .5, 1, 1.5, 2, 3, 4, 6."""
+    magnitude = codes & 7
+    # From code 2 on, the three bits are the tail of a float32's exponent and the head of its mantissa.
+    normal = _bitcast((magnitude << 22) + (126 << 23), np.float32)
+    value = _namespace(codes).where(magnitude < 2, magnitude.astype(np.float32) * 0.5, normal)
+    return _namespace(codes).where(codes & 8 != 0, -value, value).astype(np.float32)
+
+
+def _value_pairs() -> np.ndarray:
+    """The two values of each byte, as one 8-byte word: one gather then decodes two codes."""
+    byte = np.arange(256, dtype=np.int32)
+    return np.stack([_e2m1_values(byte & 15), _e2m1_values(byte >> 4)], axis=-1).view(np.uint64)[:, 0]
+
+
+_E2M1_PAIRS = _value_pairs()
+
+
+def unpack_fp4(packed: Shaped[AnyArray, "*batch half"]) -> Float32[AnyArray, "*batch n"]:
+    """Unscaled values of packed FP4 (int8 or uint8), low nibble first: 0xA0 → (0.0, -1.0) (architecture.md §12.4)."""
+    if isinstance(packed, np.ndarray):
+        return _E2M1_PAIRS[packed.view(np.uint8)].view(np.float32)
+    codes = _bitcast(packed, np.uint8).astype(np.int32)
+    pairs = jnp.stack([_e2m1_values(codes & 15), _e2m1_values(codes >> 4)], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def pack_fp4(values: Float32[AnyArray, "*batch n"]) -> Int8[AnyArray, "*batch half"]:
+    """Packs values of the FP4 grid, two per byte; the sign of zero is kept. Off the grid the result means nothing."""
+    xp = _namespace(values)
+    magnitude = xp.abs(values)
+    normal = (_bitcast(magnitude, np.int32) >> 22) - (126 << 1)
+    sign = xp.signbit(values).astype(np.int32)
+    code = xp.where(magnitude < 1, (magnitude * 2).astype(np.int32), normal) | (sign << 3)
+    return _bitcast((code[..., 0::2] | (code[..., 1::2] << 4)).astype(np.uint8), np.int8)
+
+
+def decode_fp4(
+    packed: Shaped[AnyArray, "*batch half"], scale: Shaped[AnyArray, "*batch blocks"], block: int = FP4_BLOCK
+) -> Float32[AnyArray, "*batch n"]:
+    """Values of packed FP4 with one scale per `block` consecutive values of the last axis.
+
+    Args:
+        packed: int8 or uint8, two codes per byte.
+        scale: uint8 or float8_e8m0fnu (both read as E8M0) or a float type.
+        block: values per scale.
+
+    Raises:
+        ValueError: `scale` does not have one value per block.
+    """
+    values = unpack_fp4(packed)
+    need = fp4_scale_shape(values.shape, block)
+    if scale.shape != need:
+        raise ValueError(f"FP4 scale: got shape {scale.shape}, need {need} for {values.shape[-1]} inputs")
+    spread = _namespace(packed).repeat(_scale_values(scale), block, axis=-1)
+    return values * spread[..., : values.shape[-1]]
+
+
+def fp4_scale_shape(shape: tuple[int, ...], block: int = FP4_BLOCK) -> tuple[int, ...]:
+    """Shape of the scale of an FP4 weight whose unpacked shape is this."""
+    return (*shape[:-1], -(-shape[-1] // block))
+
+
+def encode_fp4(
+    x: Float[AnyArray, "*batch n"], block: int = FP4_BLOCK
+) -> tuple[Int8[AnyArray, "*batch half"], Shaped[AnyArray, "*batch blocks"]]:
+    """Packed FP4 codes and float8_e8m0fnu scales; the last axis must be even, its last block may be short.
+
+    Raises:
+        ValueError: the last axis is odd, or a NumPy value is not finite.
+    """
+    xp = _namespace(x)
+    x = _finite(x)
+    width = x.shape[-1]
+    if width % 2:
+        raise ValueError(f"FP4 packs two values per byte: got a last axis of {width}, need an even one")
+    blocks = fp4_scale_shape(x.shape, block)
+    padded = xp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, blocks[-1] * block - width),)).reshape(*blocks, block)
+    field = _scale_field(xp.abs(padded).max(axis=-1), E2M1_MAX, E2M1_MAX * _TINY)
+    values = _round_e2m1(padded * _power_of_two(254 - field)[..., None]).reshape(*x.shape[:-1], -1)
+    return pack_fp4(values[..., :width]), encode_e8m0(_power_of_two(field))
+
+
+# ---- simulated quantisation ------------------------------------------------------------------------------------------
+def fp8_round_trip(x: Float[Array, "*batch n"], block: int) -> Float[Array, "*batch n"]:
+    """Rounds to FP8 and back, one scale per `block` channels of the last axis (architecture.md §12.2).
+
+    Computed in float32, returned in the dtype of `x`. Its derivative is zero: pass gradients straight through.
+
+    Raises:
+        ValueError: `block` does not divide the last axis.
+    """
+    return _round_trip(x, block, E4M3_MAX, _ROUND_TRIP_FLOOR, _round_e4m3)
+
+
+def fp4_round_trip(x: Float[Array, "*batch n"], block: int = FP4_BLOCK) -> Float[Array, "*batch n"]:
+    """Rounds to FP4 and back, one scale per `block` channels of the last axis (architecture.md §12.3).
+
+    Computed in float32, returned in the dtype of `x`. Its derivative is zero: pass gradients straight through.
+
+    Raises:
+        ValueError: `block` does not divide the last axis.
+    """
+    return _round_trip(x, block, E2M1_MAX, E2M1_MAX * _TINY, _round_e2m1)
+
+
+def _round_trip(x: Any, block: int, largest: float, floor: float, rounding: Any) -> Any:
+    if x.shape[-1] % block:
+        raise ValueError(f"round trip: got a last axis of {x.shape[-1]}, need a multiple of the block, {block}")
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, block)
+    field = _scale_field(_namespace(x).abs(blocks).max(axis=-1, keepdims=True), largest, floor)
+    return (rounding(blocks * _power_of_two(254 - field)) * _power_of_two(field)).reshape(x.shape).astype(x.dtype)

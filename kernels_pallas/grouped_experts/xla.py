@@ -1,0 +1,198 @@
+"""Experts by sorted blocks: tokens are grouped by expert, and an outer loop over the experts with work takes each one's
+matrices once for an inner loop over its blocks of rows.
+
+No array of [tokens, experts] or [experts, capacity] exists, no token is dropped, and the work is that of the chosen
+experts rounded up to a block each. Plain dots in a loop, because `lax.ragged_dot` is many times slower than a dense
+product off TPU.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_experts.reference import dot, swiglu
+
+_MAX_BLOCK, _MIN_BLOCK = 128, 8
+_UNROLLED_PICKS = 8
+"""Up to this many (token, expert) pairs run one by one: no sort, no padding, and independent dots run in parallel."""
+
+
+class _Groups(NamedTuple):
+    """Where each (token, expert) pair, or pick, goes in the padded order by expert."""
+
+    token: jax.Array
+    """[R]: token of each padded row; a row of padding repeats some token."""
+    share: jax.Array
+    """[R]: routing weight of each padded row, 0 for padding."""
+    slot: jax.Array
+    """[T, K]: padded row of each pick."""
+    expert: jax.Array
+    """[E]: experts, those with work first."""
+    active: jax.Array
+    """Number of experts with work."""
+    first: jax.Array
+    """[E]: first block of each expert; its blocks end where `last` says."""
+    last: jax.Array
+
+
+def _block_size(picks: int, experts: int) -> int:
+    """A power of two near half the mean load, which wastes a quarter of the mean load per expert on padding."""
+    mean = max(picks // experts, 1)
+    return int(np.clip(1 << max(mean.bit_length() - 2, 0), _MIN_BLOCK, _MAX_BLOCK))
+
+
+def _group(experts: jax.Array, weights: jax.Array, count: int, block: int) -> _Groups:
+    tokens, choices = experts.shape
+    picks = tokens * choices
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    load = jnp.bincount(flat, length=count)
+    used = (load + block - 1) // block
+    last = jnp.cumsum(used)
+    first_pick, first = jnp.cumsum(load) - load, last - used
+    limit = picks // block + min(count, picks)  # enough blocks for every distribution of the load
+    owner = jnp.minimum(jnp.searchsorted(last, jnp.arange(limit), side="right"), count - 1)
+    rank = jnp.arange(limit * block) - jnp.repeat(first[owner], block) * block
+    is_pick = rank < jnp.repeat(load[owner], block)
+    pick = order[jnp.clip(jnp.repeat(first_pick[owner], block) + rank, 0, picks - 1)]
+    sorted_expert = flat[order]
+    row = first[sorted_expert] * block + jnp.arange(picks) - first_pick[sorted_expert]
+    slot = jnp.zeros(picks, row.dtype).at[order].set(row, unique_indices=True).reshape(tokens, choices)
+    share = jnp.where(is_pick, weights.reshape(-1)[pick], 0.0)
+    return _Groups(
+        pick // choices, share, slot, jnp.argsort(load == 0, stable=True), jnp.sum(load > 0), first, last
+    )  # fmt: skip
+
+
+def _rows(array: jax.Array, index: jax.Array, block: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, index * block, block)
+
+
+def _put(array: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), index * rows.shape[0], 0)
+
+
+def _gather_sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
+    """Σ_k rows[slot[:, k]]: additions that fuse with the gathers, where a reduction would not."""
+    return functools.reduce(jnp.add, [rows[slot[:, k]] for k in range(slot.shape[1])])
+
+
+def _forward(
+    x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups, block: int, limit: float, *, keep: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The combined output [T, D] float32 and, if `keep`, gate and up [R, F] for the backward pass."""
+
+    def one_expert(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        expert = groups.expert[i]
+        w1, w3, w2 = (matrix[expert] for matrix in matrices)
+
+        def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            x_block = x[_rows(groups.token, j, block)]
+            gate, up = dot(x_block, w1), dot(x_block, w3)
+            z = swiglu(gate, up, limit) * _rows(groups.share, j, block)[:, None]
+            results = (dot(z.astype(x.dtype), w2), gate, up)
+            return tuple(_put(array, value, j) for array, value in zip(state, results, strict=False))
+
+        return jax.lax.fori_loop(groups.first[expert], groups.last[expert], one_block, state)
+
+    rows, hidden = groups.token.shape[0], matrices[0].shape[1]
+    widths = (x.shape[1], hidden, hidden) if keep else (x.shape[1],)
+    state = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
+    out, *kept = jax.lax.fori_loop(0, groups.active, one_expert, state)
+    gate, up = kept or (None, None)
+    return _gather_sum(out, groups.slot), gate, up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _experts(
+    x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float
+) -> jax.Array:
+    block = _block_size(experts.size, matrices[0].shape[0])
+    groups = _group(experts, weights, matrices[0].shape[0], block)
+    return _forward(x, matrices, groups, block, limit, keep=False)[0]
+
+
+def _experts_fwd(
+    x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float
+) -> tuple[jax.Array, tuple]:
+    block = _block_size(experts.size, matrices[0].shape[0])
+    groups = _group(experts, weights, matrices[0].shape[0], block)
+    out, gate, up = _forward(x, matrices, groups, block, limit, keep=True)
+    return out, (x, matrices, experts, weights, groups, gate, up)
+
+
+def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
+    x, matrices, experts, weights, groups, gate, up = saved
+    block, dtype = _block_size(experts.size, matrices[0].shape[0]), x.dtype
+
+    def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+        """aᵀ · b, summed over rows."""
+        return dot(a.astype(dtype).T, b.astype(dtype).T)
+
+    def one_expert(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        expert = groups.expert[i]
+        w1, w3, w2 = (jnp.swapaxes(matrix[expert], 0, 1) for matrix in matrices)
+
+        # A padding row repeats a real token, but its share of 0 keeps it out of every sum.
+        def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            d_x, d_share, *d_block_matrices = state
+            token, share = _rows(groups.token, j, block), _rows(groups.share, j, block)[:, None]
+            x_block, d_block = x[token], d_out[token].astype(dtype)
+            hidden, pull = jax.vjp(lambda g, u: swiglu(g, u, limit), _rows(gate, j, block), _rows(up, j, block))
+            d_z = dot(d_block, w2)
+            d_gate, d_up = (d.astype(dtype) for d in pull(d_z * share))
+            d_share = _put(d_share, jnp.sum(d_z * hidden, axis=-1), j)
+            d_x = _put(d_x, dot(d_gate, w1) + dot(d_up, w3), j)
+            added = (over_rows(d_gate, x_block), over_rows(d_up, x_block), over_rows(d_block, hidden * share))
+            return d_x, d_share, *(d + more for d, more in zip(d_block_matrices, added, strict=True))
+
+        d_x, d_share, *d_matrices = state
+        zeros = tuple(jnp.zeros(matrix.shape[1:], jnp.float32) for matrix in matrices)
+        bounds = groups.first[expert], groups.last[expert]
+        d_x, d_share, *own = jax.lax.fori_loop(*bounds, one_block, (d_x, d_share, *zeros))
+        return (
+            d_x,
+            d_share,
+            *(d.at[expert].set(value.astype(d.dtype)) for d, value in zip(d_matrices, own, strict=True)),
+        )
+
+    rows = groups.token.shape[0]
+    state = (jnp.zeros((rows, x.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32))
+    state = (*state, *(jnp.zeros_like(matrix) for matrix in matrices))
+    d_x, d_share, *d_matrices = jax.lax.fori_loop(0, groups.active, one_expert, state)
+    no_gradient = np.zeros(experts.shape, jax.dtypes.float0)
+    d_x = _gather_sum(d_x, groups.slot).astype(dtype)
+    return d_x, tuple(d_matrices), no_gradient, d_share[groups.slot].astype(weights.dtype)
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)
+
+
+def grouped_experts(
+    x: Float[Array, "T D"],
+    w1: Float[Array, "E F D"],
+    w3: Float[Array, "E F D"],
+    w2: Float[Array, "E D F"],
+    experts: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    *,
+    limit: float,
+) -> Float[Array, "T D"]:
+    """See `api.grouped_experts`."""
+    tokens, choices = experts.shape
+    if tokens * choices > _UNROLLED_PICKS:
+        return _experts(x, (w1, w3, w2), experts, weights, limit)
+    out = []
+    for t in range(tokens):
+        row = x[t : t + 1]
+        total = jnp.zeros((1, x.shape[1]), jnp.float32)
+        for k in range(choices):
+            expert = experts[t, k]
+            z = swiglu(dot(row, w1[expert]), dot(row, w3[expert]), limit) * weights[t, k]
+            total = total + dot(z.astype(x.dtype), w2[expert])
+        out.append(total)
+    return jnp.concatenate(out)

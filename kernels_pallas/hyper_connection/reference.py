@@ -1,0 +1,96 @@
+"""Manifold-constrained hyper-connections in plain jnp (architecture.md §3), all in float32.
+
+Maps of the streams keep their 4 or 4×4 entries in LEADING axes and tokens behind them, so that every step of the Sinkhorn
+rounds is one elementwise operation over whole rows of tokens.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Maps(NamedTuple):
+    """How a sublayer reads and writes the streams, float32."""
+
+    post: jax.Array
+    """[C, B, S]: weight of the sublayer's output in each stream."""
+    comb: jax.Array
+    """[C, C, B, S]: weight of stream j (first axis) in the new stream k (second axis)."""
+
+
+def _project(streams: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
+    """RMS-scaled projection of the flattened streams, stream-major: [B, S, C, D] × [M, C·D] → [M, B, S]."""
+    flat = streams.astype(jnp.float32).reshape(*streams.shape[:2], -1)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
+    # Tokens stay the rows of the product: the other order makes XLA transpose the streams in memory.
+    product = jax.lax.dot_general(
+        flat, fn, (((2,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return jnp.moveaxis(product * scale, -1, 0)
+
+
+def sinkhorn(logits: Float[Array, "C C *T"], iterations: int, eps: float) -> Float[Array, "C C *T"]:
+    """Sinkhorn normalisation of [source, target, ...] logits: softmax over targets, +eps, then alternating sums.
+
+    Ends on columns: `iterations` column and `iterations − 1` further row normalisations, eps in every denominator.
+    """
+
+    def normalise(matrix: jax.Array, axis: int) -> jax.Array:
+        return matrix / (jnp.sum(matrix, axis=axis, keepdims=True) + eps)
+
+    def both(matrix: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return normalise(normalise(matrix, 1), 0), None
+
+    matrix = normalise(jax.nn.softmax(logits, axis=1) + eps, 0)
+    return jax.lax.scan(both, matrix, None, length=iterations - 1)[0]
+
+
+def read(
+    streams: Float[Array, "B S C D"],
+    fn: Float[Array, "M CD"],
+    base: Float[Array, " M"],
+    scale: Float[Array, " 3"],
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Float[Array, "B S D"], Maps]:
+    """hc_pre: the sublayer's input (streams' dtype) and the maps that `write` needs. M = C · (2 + C)."""
+    count = streams.shape[2]
+    z = _project(streams, fn, norm_eps)
+    z = z * jnp.repeat(scale, jnp.array([count, count, count * count]), total_repeat_length=z.shape[0])[:, None, None]
+    z = z + base[:, None, None]
+    pre = jax.nn.sigmoid(z[:count]) + eps
+    post = 2 * jax.nn.sigmoid(z[count : 2 * count])
+    comb = sinkhorn(z[2 * count :].reshape(count, count, *z.shape[1:]), iterations, eps)
+    return _weighted_sum(pre, streams), Maps(post, comb)
+
+
+def write(out: Float[Array, "B S D"], streams: Float[Array, "B S C D"], maps: Maps) -> Float[Array, "B S C D"]:
+    """hc_post: new stream k = post_k · out + Σ_j comb[j, k] · stream_j, summed in float32 (over comb's FIRST axis)."""
+    # One elementwise expression over [B, S, C, D], so that it compiles to one pass over memory.
+    new = jnp.moveaxis(maps.post, 0, -1)[..., None] * out.astype(jnp.float32)[:, :, None]
+    for j in range(streams.shape[2]):
+        new = new + jnp.moveaxis(maps.comb[j], 0, -1)[..., None] * streams[:, :, j : j + 1].astype(jnp.float32)
+    return new.astype(streams.dtype)
+
+
+def head(
+    streams: Float[Array, "B S C D"],
+    fn: Float[Array, "C CD"],
+    base: Float[Array, " C"],
+    scale: Float[Array, " 1"],
+    *,
+    eps: float,
+    norm_eps: float,
+) -> Float[Array, "B S D"]:
+    """hc_head: the weighted sum of the streams that the final norm reads, in the streams' dtype."""
+    z = _project(streams, fn, norm_eps) * scale[0] + base[:, None, None]
+    return _weighted_sum(jax.nn.sigmoid(z) + eps, streams)
+
+
+def _weighted_sum(weights: jax.Array, streams: jax.Array) -> jax.Array:
+    total = sum(weights[i][..., None] * streams[:, :, i].astype(jnp.float32) for i in range(streams.shape[2]))
+    return jnp.asarray(total).astype(streams.dtype)

@@ -1,0 +1,88 @@
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from kernels_pallas.grouped_experts import grouped_experts, xla
+
+LIMIT = 1.0
+
+
+def problem(seed, experts, tokens, choices, *, width=8, hidden=16):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :choices].astype(np.int32)
+    weights = jnp.asarray(rng.random((tokens, choices)) + 0.1, jnp.float32)
+    matrices = (draw(experts, width, hidden), draw(experts, width, hidden), draw(experts, hidden, width))
+    return draw(tokens, hidden), matrices, chosen, weights
+
+
+def by_definition(x, matrices, chosen, weights):
+    x, (w1, w3, w2) = np.asarray(x, np.float64), (np.asarray(m, np.float64) for m in matrices)
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for expert, weight in zip(chosen[t], np.asarray(weights)[t], strict=True):
+            gate, up = np.minimum(w1[expert] @ x[t], LIMIT), np.clip(w3[expert] @ x[t], -LIMIT, LIMIT)
+            out[t] += w2[expert] @ (weight * gate / (1 + np.exp(-gate)) * up)
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40])
+def test_equals_the_definition(implementation, tokens):
+    x, matrices, chosen, weights = problem(0, 6, tokens, 3)
+    got = grouped_experts(x, *matrices, jnp.asarray(chosen), weights, limit=LIMIT, implementation=implementation)
+    np.testing.assert_allclose(got, by_definition(x, matrices, chosen, weights), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("load", ["even", "one takes all", "some have none"])
+def test_gradients_equal_the_references_for_any_load(load):
+    x, matrices, chosen, weights = problem(1, 5, 60, 2)
+    if load == "one takes all":
+        chosen[:, 0], chosen[:, 1] = 3, 1
+    elif load == "some have none":
+        chosen[:, 0] = 1 + chosen[:, 0] % 3
+        chosen[:, 1] = 1 + chosen[:, 0] % 3
+    out = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+
+    def gradients(implementation):
+        def objective(x, matrices, weights):
+            y = grouped_experts(x, *matrices, jnp.asarray(chosen), weights, limit=LIMIT, implementation=implementation)
+            return jnp.sum(y * out)
+
+        return jax.tree.leaves(jax.grad(objective, argnums=(0, 1, 2))(x, matrices, weights))
+
+    for got, want in zip(gradients("xla"), gradients("reference"), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want) + 1e-7
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    experts=st.integers(2, 9),
+    tokens=st.integers(1, 50),
+    block=st.sampled_from([8, 16, 32]),
+    seed=st.integers(0, 99),
+    skew=st.floats(0, 4),
+)
+def test_every_pick_gets_its_own_row_and_its_experts_block(experts, tokens, block, seed, skew):
+    rng = np.random.default_rng(seed)
+    choices = min(2, experts)
+    chosen = np.argsort(rng.random((tokens, experts)) - skew * np.eye(1, experts), axis=1)[:, :choices].astype(np.int32)
+    weights = rng.random((tokens, choices)).astype(np.float32) + 0.5
+    groups = xla._group(jnp.asarray(chosen), jnp.asarray(weights), experts, block)
+    slot, share = np.asarray(groups.slot), np.asarray(groups.share)
+    assert len(np.unique(slot)) == slot.size
+    np.testing.assert_array_equal(np.asarray(groups.token)[slot], np.repeat(np.arange(tokens)[:, None], choices, 1))
+    np.testing.assert_array_equal(share[slot], weights)
+    assert np.count_nonzero(share) == slot.size
+    first, last = np.asarray(groups.first), np.asarray(groups.last)
+    assert ((first[chosen] <= slot // block) & (slot // block < last[chosen])).all()
+    assert set(np.asarray(groups.expert)[: int(groups.active)]) == set(np.unique(chosen))
+
+
+def test_unknown_implementation_is_refused():
+    x, matrices, chosen, weights = problem(3, 4, 2, 2)
+    with pytest.raises(ValueError, match="grouped_experts"):
+        grouped_experts(x, *matrices, jnp.asarray(chosen), weights, limit=LIMIT, implementation="pallas")

@@ -1,0 +1,1 @@
+"""Checkpoints: the table of names, reading, writing and conversion."""

@@ -1,0 +1,47 @@
+"""Which arithmetic runs in which dtype: one policy, with every float32 island of the official model by name."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from v4jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DTypePolicy:
+    """Dtypes by purpose (architecture.md §2, §10, §13). Hashable, so that it can be static under jit.
+
+    The islands stay float32 in bfloat16 training and inference, as in the official code; dots inside them ask for full
+    float32 precision, which a TPU otherwise would not give.
+    """
+
+    param: DTypeLike = jnp.float32
+    """Matrices and embeddings. Norm weights, hyper-connections, `ape`, sinks and biases are always float32."""
+    compute: DTypeLike = jnp.float32
+    """Residual streams, projections and attention operands."""
+    norm: DTypeLike = jnp.float32
+    hyper_connection: DTypeLike = jnp.float32
+    router: DTypeLike = jnp.float32
+    compressor: DTypeLike = jnp.float32
+    softmax: DTypeLike = jnp.float32
+    rope: DTypeLike = jnp.float32
+    logits: DTypeLike = jnp.float32
+    quant_sim: bool = False
+    """Simulated quantisation of keys, values and index vectors, as the released weights were trained (§12)."""
+
+    @classmethod
+    def named(cls, dtype: str, *, quant_sim: bool = False, param: str | None = None) -> "DTypePolicy":
+        """The policy of `--dtype float32` (parity mode: everything in float32) or `--dtype bfloat16`."""
+        names = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+        for name in (dtype, param or dtype):
+            if name not in names:
+                raise UserError(f"dtype: got {name!r}, need one of {', '.join(names)}")
+        return cls(param=names[param or dtype], compute=names[dtype], quant_sim=quant_sim)
+
+    @property
+    def precision(self) -> jax.lax.Precision:
+        """Precision of dots on compute-dtype operands: full for float32, the hardware's own for bfloat16."""
+        is_float32 = jnp.dtype(self.compute) == jnp.float32
+        return jax.lax.Precision.HIGHEST if is_float32 else jax.lax.Precision.DEFAULT

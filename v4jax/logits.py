@@ -1,0 +1,193 @@
+"""The verb `logits`: logits of given tokens, at once, in chunks through the decode cache, or one layer at a time."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from v4jax import ops
+from v4jax.cache import Cache
+from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
+from v4jax.config import layer_plan
+from v4jax.dtypes import DTypePolicy
+from v4jax.errors import UsageError, UserError
+from v4jax.loading import DType, QuantSim, build, choose_policy
+from v4jax.model.inputs import LayerInputs, full_inputs
+from v4jax.model.layer import DecoderLayer
+from v4jax.model.params import Declare
+from v4jax.model.transformer import Transformer, fill
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Writes the logits of given tokens: `logits` float32 [B, S, V], and with --mtp `mtp_logits` [B, S−1, V]."""
+
+    path: tyro.conf.Positional[Path]
+    """Hugging Face or v4jax model directory."""
+    tokens: Path
+    """.npy file with int [B, S] token ids."""
+    out: Path
+    """.npz file to write."""
+    mtp: bool = False
+    """Also compute the MTP block's logits: position t predicts token t + 2."""
+    dtype: DType = "auto"
+    """auto: float32 on CPU, bfloat16 elsewhere."""
+    quant_sim: QuantSim = "auto"
+    """Simulated quantisation: auto is on for FP4 checkpoints in bfloat16; a bare --quant-sim means on."""
+    chunks: str | None = None
+    """Comma-separated chunk lengths that sum to S: run through the decode cache in these pieces."""
+    stream: bool = False
+    """Hold one layer at a time, for models larger than memory."""
+    implementation: tuple[str, ...] = ()
+    """op=pallas|xla|reference, to force an implementation."""
+
+
+def run(options: Options) -> None:
+    """The verb."""
+    if options.stream and options.chunks is not None:
+        raise UsageError("--stream holds one layer at a time and has no cache for --chunks: give one of them")
+    check_writable(options.out)
+    checkpoint = open_checkpoint(options.path)
+    if options.mtp and not checkpoint.config.num_mtp_layers:
+        raise UserError(f"--mtp: {options.path} has no MTP block; leave the flag out")
+    tokens = read_tokens(options.tokens, checkpoint.config.vocab_size, checkpoint.config.max_position_embeddings)
+    chunks = None if options.chunks is None else parse_chunks(options.chunks, tokens.shape[1])
+    policy = choose_policy(checkpoint, options.dtype, options.quant_sim)
+    with ops.implementations(options.implementation):
+        if options.stream:
+            results = stream_logits(checkpoint, policy, tokens, mtp=options.mtp)
+        else:
+            model = build(checkpoint, policy, stacked=False)
+            results = all_logits(model, tokens, mtp=options.mtp, chunks=chunks)
+    write_atomically(options.out, results)
+
+
+def read_tokens(file: Path, vocab_size: int, context: int) -> np.ndarray:
+    """int32 [B, S] from an .npy file; checks rank, kind, range and length."""
+    try:
+        tokens = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"--tokens: no file {file}") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"--tokens: {file} is not a readable .npy file ({error}); write it with numpy.save") from None
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        found = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive"
+        raise UserError(f"--tokens: {file} holds {found}, need integers of shape [batch, sequence]")
+    if not tokens.size:
+        raise UserError(f"--tokens: {file} has shape {tokens.shape}; need at least one token")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = tokens.max() if tokens.max() >= vocab_size else tokens.min()
+        raise UserError(f"--tokens: {file} holds token id {wrong}, need 0 to {vocab_size - 1}, the model's vocabulary")
+    if tokens.shape[1] > context:
+        raise UserError(f"--tokens: {tokens.shape[1]} tokens per row; the model's context is {context}")
+    return tokens.astype(np.int32)
+
+
+def parse_chunks(text: str, length: int) -> list[int]:
+    """Positive chunk lengths that sum to `length`."""
+    try:
+        chunks = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--chunks: got {text!r}, need comma-separated lengths such as 50,1,1") from None
+    if min(chunks) < 1 or sum(chunks) != length:
+        raise UserError(f"--chunks: got {text!r} with sum {sum(chunks)}, need positive lengths that sum to {length}")
+    return chunks
+
+
+def all_logits(
+    model: Transformer, tokens: np.ndarray, *, mtp: bool = False, chunks: list[int] | None = None
+) -> dict[str, np.ndarray]:
+    """`logits` [B, S, V] and, with `mtp`, `mtp_logits` [B, S−1, V]; through the decode cache if `chunks` are given."""
+    if chunks is None:
+        ids = jnp.asarray(tokens)
+        results = {"logits": np.asarray(model(ids))}
+        return results | ({"mtp_logits": np.asarray(model.mtp_logits(ids))} if mtp else {})
+    cache = model.init_cache(*tokens.shape)
+    pieces: dict[str, list[np.ndarray]] = {"logits": [], "mtp_logits": []}
+    start = 0
+    for size in chunks:
+        logits, mtp_logits, cache = _chunk(model, tokens[:, start : start + size], cache, mtp=mtp)
+        pieces["logits"].append(np.asarray(logits))
+        if mtp_logits is not None:
+            # The MTP block lags by one token: the first chunk's last row is still padding.
+            pieces["mtp_logits"].append(np.asarray(mtp_logits)[:, : size - (start == 0)])
+        start += size
+    return {name: np.concatenate(parts, axis=1) for name, parts in pieces.items() if parts}
+
+
+@functools.partial(jax.jit, static_argnames="mtp")
+def _chunk(model: Transformer, tokens: jax.Array, cache: Cache, *, mtp: bool) -> tuple:
+    before = cache.length
+    output, cache = model.extend(tokens, cache)
+    mtp_logits = None
+    if mtp:
+        hidden, cache = model.extend_mtp(tokens, output.streams, before, cache)
+        mtp_logits = model.logits(hidden)
+    return model.logits(output.hidden), mtp_logits, cache
+
+
+@jax.jit
+def _layer(layer: DecoderLayer, streams: jax.Array, inputs: LayerInputs) -> jax.Array:
+    return layer(streams, inputs)[0]
+
+
+def stream_logits(
+    checkpoint: Checkpoint, policy: DTypePolicy, tokens: np.ndarray, *, mtp: bool = False
+) -> dict[str, np.ndarray]:
+    """`all_logits` holding the weights of the top and of one layer at a time."""
+    config = checkpoint.config
+    shell = Transformer(config, policy, stacked=False)
+    dtype = "float32" if policy.param == jnp.float32 else "bfloat16"
+    fill(shell, checkpoint.top(dtype), skip=("segments", "mtp"))
+    inputs = full_inputs(config, jnp.asarray(tokens), None)
+    streams = jnp.repeat(shell.embed(inputs.tokens)[:, :, None], config.hc_mult, axis=2)
+    for n, spec in enumerate(layer_plan(config)):
+        layer = DecoderLayer(config, spec, Declare(policy))
+        fill(layer, checkpoint.layer(n, dtype))
+        streams = _layer(layer, streams, inputs)
+    results = {"logits": np.asarray(shell.head_logits(streams))}
+    if mtp:
+        fill(shell.mtp[0], checkpoint.mtp(0, dtype))
+        results["mtp_logits"] = np.asarray(shell.logits(shell.mtp_hidden(streams, jnp.asarray(tokens))))
+    return results
+
+
+def check_writable(out: Path) -> None:
+    """Refuses, before any work, a place where the result could not be written."""
+    if out.suffix != ".npz":
+        raise UserError(f"--out: got {out}, need a name that ends in .npz")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: no directory {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise UserError(f"--out: cannot write {out}; choose another place")
+
+
+def write_atomically(out: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz beside its place and moves it there, so that no half-written file carries the name."""
+    with _temporary_beside(out) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            temporary.replace(out)
+        except OSError as error:
+            raise UserError(
+                f"--out: cannot write {out} ({error.strerror}); free some space or choose another"
+            ) from None
+
+
+@contextlib.contextmanager
+def _temporary_beside(out: Path) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""Gated pooling of tokens into compressed entries (architecture.md §6): 4 tokens with overlap, or 128 without.
+
+Three forms that agree: over whole rows of documents, over a chunk that continues a cache, and over one token.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4jax.cache import CompressorState, ring_extend, ring_put, ring_rows
+from v4jax.config import LayerSpec, ModelConfig
+from v4jax.model.inputs import LayerInputs
+from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role
+from v4jax.model.rope import layer_frequencies, rotate, rotation
+from v4jax.quant import simulate_index, simulate_kv
+
+
+class Entries(NamedTuple):
+    """Compressed entries of a batch of rows, in order."""
+
+    values: jax.Array
+    """[B, P, H] in the compute dtype: normed, rotated, and rounded where the simulation is on."""
+    end: jax.Array
+    """int32 [B, P]: position of the last token of each entry's own window."""
+    segment: jax.Array
+    """int32 [B, P]: document of each entry, −1 for an empty slot."""
+
+
+class NewEntries(NamedTuple):
+    """Entries that a chunk completes."""
+
+    values: jax.Array
+    """[B, N, H]."""
+    place: jax.Array
+    """int32 [B, N]: the place of each among the sequence's entries."""
+    valid: jax.Array
+    """bool [B, N]."""
+
+
+class Compressor(nnx.Module):
+    """Pools `spec.ratio` tokens into one entry of `width` channels, each channel with its own softmax over tokens.
+
+    With overlap an entry also pools the window before its own: the FIRST half of the projections' channels feeds the
+    next window's entry, the second half the token's own.
+    """
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, width: int, declare: Declare, *, is_index: bool) -> None:
+        self.width, self.ratio, self.policy, self.is_index = width, spec.ratio, declare.policy, is_index
+        self.overlap = 2 if spec.is_overlapped else 1
+        self.config = config
+        channels = self.overlap * width
+        self.wkv = Linear(config.hidden_size, channels, ("compressed", "hidden"), declare)
+        self.wgate = Linear(config.hidden_size, channels, ("compressed", "hidden"), declare)
+        self.ape = declare((spec.ratio, channels), axes=(None, None), role=Role.BIAS, init=Constant(0.0))
+        self.norm = RMSNorm(width, config.rms_norm_eps, declare)
+
+    def project(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array]:
+        """Rows of kv and gate [B, S, overlap · H] in float32; the gate includes `ape` of the place in the window."""
+        gate = self.wgate.in_float32(x) + self.ape[...][jnp.mod(positions, self.ratio)]
+        return self.wkv.in_float32(x), gate
+
+    def __call__(self, x: Float[Array, "B S D"], inputs: LayerInputs) -> Entries:
+        """All entries of rows of documents; tails shorter than a window give none."""
+        kv, gate = self.project(x, inputs.positions)
+        batch, length = inputs.tokens.shape
+        count = length // self.ratio
+        if not inputs.is_packed:
+            starts = jnp.broadcast_to(self.ratio * jnp.arange(count)[None], (batch, count))
+            own = (kv[:, : count * self.ratio], gate[:, : count * self.ratio])
+            own = tuple(a.reshape(batch, count, self.ratio, -1) for a in own)
+            before = tuple(jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))) for a in own)
+            values = self._finish(self._pool(own, before, starts > 0), starts)
+            return Entries(values, starts + self.ratio - 1, jnp.ones_like(starts))
+        is_last = (jnp.mod(inputs.positions, self.ratio) == self.ratio - 1) & (inputs.segments > 0)
+        last = jnp.argsort(~is_last, axis=1, stable=True)[:, :count]
+        valid = jnp.arange(count) < jnp.sum(is_last, axis=1, keepdims=True)
+        rows = last[..., None] + jnp.arange(1 - self.ratio, 1)
+
+        def windows(index: jax.Array) -> tuple[jax.Array, ...]:
+            index = jnp.maximum(index, 0).reshape(batch, -1, 1)
+            return tuple(
+                jnp.take_along_axis(a, index, axis=1).reshape(batch, count, self.ratio, -1) for a in (kv, gate)
+            )
+
+        end = jnp.take_along_axis(inputs.positions, last, axis=1)
+        starts = end - (self.ratio - 1)
+        pooled = self._pool(windows(rows), windows(rows - self.ratio) if self.overlap == 2 else None, starts > 0)
+        segment = jnp.where(valid, jnp.take_along_axis(inputs.segments, last, axis=1), -1)
+        return Entries(self._finish(pooled, starts), end, segment)
+
+    def extend(
+        self, x: Float[Array, "B S D"], inputs: LayerInputs, state: CompressorState
+    ) -> tuple[NewEntries, CompressorState]:
+        """Entries that a chunk completes, and the state after it."""
+        assert inputs.start is not None
+        assert inputs.end is not None
+        start, end = inputs.start, inputs.end
+        new = self.project(x, inputs.positions)
+        count = x.shape[1] // self.ratio + 1
+        index = start[:, None] // self.ratio + jnp.arange(count)
+        starts = index * self.ratio
+        positions = starts[..., None] + jnp.arange(self.ratio)
+
+        def windows(positions: jax.Array) -> tuple[jax.Array, ...]:
+            flat = positions.reshape(len(positions), -1)
+            old = (state.kv, state.gate)
+            rows = (ring_rows(a, b, start, flat) for a, b in zip(old, new, strict=True))
+            return tuple(a.reshape(*positions.shape, -1) for a in rows)
+
+        pooled = self._pool(
+            windows(positions), windows(positions - self.ratio) if self.overlap == 2 else None, starts > 0
+        )
+        valid = starts + self.ratio <= end[:, None]
+        after = CompressorState(ring_extend(state.kv, new[0], start, end), ring_extend(state.gate, new[1], start, end))
+        return NewEntries(self._finish(pooled, starts), index, valid), after
+
+    def step(
+        self, x: Float[Array, "B 1 D"], inputs: LayerInputs, state: CompressorState
+    ) -> tuple[NewEntries, CompressorState]:
+        """`extend` by one token for every sequence: one row of the state is written, all of it is read."""
+        assert inputs.start is not None
+        kv, gate = self.project(x, inputs.positions)
+        position = inputs.start
+        state = CompressorState(ring_put(state.kv, kv[:, 0], position), ring_put(state.gate, gate[:, 0], position))
+        index = position // self.ratio
+        starts = (index * self.ratio)[:, None]
+        valid = jnp.mod(position + 1, self.ratio) == 0
+
+        def pool() -> jax.Array:
+            # Slots of the ring are in order up to the window's parity: rows by place, current window last.
+            def windows(first: jax.Array) -> tuple[jax.Array, ...]:
+                slot = jnp.mod(first[..., None] + jnp.arange(self.ratio), self.overlap * self.ratio)[:, 0, :, None]
+                return tuple(jnp.take_along_axis(a, slot, axis=1)[:, None] for a in (state.kv, state.gate))
+
+            before = windows(starts - self.ratio) if self.overlap == 2 else None
+            return self._finish(self._pool(windows(starts), before, starts > 0), starts)
+
+        empty = jnp.zeros((x.shape[0], 1, self.width), self.policy.compute)
+        values = jax.lax.cond(jnp.any(valid), pool, lambda: empty)
+        return NewEntries(values, index[:, None], valid[:, None]), state
+
+    def _pool(
+        self, own: tuple[jax.Array, ...], before: tuple[jax.Array, ...] | None, has_before: jax.Array
+    ) -> jax.Array:
+        """Softmax over tokens, channel by channel: rows [B, P, ratio, channels] → [B, P, width] float32."""
+        kv, gate = own
+        if self.overlap == 2:
+            assert before is not None
+            gate_before = jnp.where(has_before[..., None, None], before[1][..., : self.width], -jnp.inf)
+            kv = jnp.concatenate([before[0][..., : self.width], kv[..., self.width :]], axis=2)
+            gate = jnp.concatenate([gate_before, gate[..., self.width :]], axis=2)
+        weights = jnp.exp(gate - jax.lax.stop_gradient(jnp.max(gate, axis=2, keepdims=True)))
+        return jnp.sum(weights * kv, axis=2) / jnp.sum(weights, axis=2)
+
+    def _finish(self, pooled: Float[Array, "B P H"], starts: Int[Array, "B P"]) -> Float[Array, "B P H"]:
+        """Norm, rotation at the window's first position, simulated quantisation."""
+        values = self.norm(pooled.astype(self.policy.compute))
+        values = rotate(values, rotation(starts, layer_frequencies(self.config, self.ratio)))
+        if not self.policy.quant_sim:
+            return values
+        return simulate_index(values) if self.is_index else simulate_kv(values, self.config.nope_head_dim)

@@ -1,0 +1,119 @@
+"""Text from a prompt: the core of generation, and the verb `generate`."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from v4jax import ops
+from v4jax.errors import UsageError, UserError
+from v4jax.loading import DType, QuantSim, load
+from v4jax.model.transformer import Transformer
+from v4jax.serve.decoder import Decoder, first_sample
+from v4jax.serve.sampling import Sampling, sequence_keys
+from v4jax.tokenizer import Tokenizer
+
+
+def generate(
+    model: Transformer | Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[int] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continues a batch of prompts token by token.
+
+    Args:
+        model: a `Decoder` to share compiled steps between calls, or a model.
+        prompts: token ids, of any lengths.
+        max_new_tokens: at most this many per sequence.
+        sampling: temperature 1 and top-p 1 if None.
+        stop: ids that end a sequence; the config's end-of-sequence ids if None.
+
+    Yields:
+        Per step one token per sequence, None for those that have ended. The stop token itself is yielded.
+
+    Raises:
+        UserError: before the first step, for empty prompts, unknown ids or a context that is too short.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    config, sampling = decoder.model.config, sampling or Sampling()
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: got {max_new_tokens}, need at least 1")
+    ends = set(config.eos_token_ids if stop is None else stop)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    logits, cache = decoder.prefill(prompts, longest + max_new_tokens)
+    keys = sequence_keys(sampling.seed, len(prompts))
+    settings = (float(sampling.temperature), float(sampling.top_p))
+    tokens = first_sample(logits, keys, cache.length, *settings)
+    is_open = np.ones(len(prompts), bool)
+    for step in range(max_new_tokens):
+        drawn = np.asarray(tokens)
+        yield [int(token) if is_open[i] else None for i, token in enumerate(drawn)]
+        is_open &= ~np.isin(drawn, list(ends))
+        if not is_open.any() or step + 1 == max_new_tokens:
+            return
+        tokens, cache = decoder.step_and_sample(jnp.asarray(tokens), cache, keys, *settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Continues a prompt, or answers a message with --chat. Text streams to the standard output."""
+
+    path: tyro.conf.Positional[Path]
+    """Hugging Face or v4jax model directory."""
+    prompt: str
+    """Text to continue; with --chat, the user's message."""
+    chat: bool = False
+    """Render the prompt as a conversation."""
+    system: str | None = None
+    """System text of the conversation (with --chat)."""
+    thinking: bool = False
+    """Let the model reason before it answers (with --chat)."""
+    max_new_tokens: int = 256
+    """Tokens at most."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws; the same seed gives the same text."""
+    dtype: DType = "auto"
+    """auto: float32 on CPU, bfloat16 elsewhere."""
+    quant_sim: QuantSim = "auto"
+    """Simulated quantisation: auto is on for FP4 checkpoints in bfloat16."""
+    implementation: tuple[str, ...] = ()
+    """op=pallas|xla|reference, to force an implementation."""
+
+
+def run(options: Options) -> None:
+    """The verb."""
+    if not options.chat and (options.system is not None or options.thinking):
+        raise UsageError("--system and --thinking belong to a conversation: add --chat")
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    tokenizer = Tokenizer.from_directory(options.path)
+    prompt = _encode(tokenizer, options)
+    with ops.implementations(options.implementation):
+        model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim)
+        text = tokenizer.stream(skip_special_tokens=True)
+        for (token,) in generate(model, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling):
+            assert token is not None
+            sys.stdout.write(text.push(token))
+            sys.stdout.flush()
+        sys.stdout.write(text.finish() + "\n")
+
+
+def _encode(tokenizer: Tokenizer, options: Options) -> list[int]:
+    if not options.prompt:
+        raise UserError("--prompt is empty; give some text to continue")
+    if not options.chat:
+        return tokenizer.encode(options.prompt, add_bos=True)
+    messages = [{"role": "user", "content": options.prompt}]
+    if options.system is not None:
+        messages.insert(0, {"role": "system", "content": options.system})
+    return tokenizer.encode_chat(messages, thinking=options.thinking)

@@ -1,0 +1,96 @@
+"""What a run leaves to look at: `metrics.jsonl`, one JSON object a line, and `loss.png`."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """`metrics.jsonl`, appended to; opening it drops what lies beyond a step, so that a resumed run repeats no row."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        self._path = path
+        self.rows = [row for row in _read_rows(path) if row["step"] <= last_step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(partial, path)
+
+    def __enter__(self) -> "MetricsLog":
+        self._file = open(self._path, "a")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, row: Row) -> None:
+        """Appends a row, which has a `step`; it survives a kill of the process from here on."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The whole lines of the file; a kill can leave the last one cut."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def plot_losses(rows: Sequence[Row], path: Path, levels: Mapping[str, float] | None = None) -> None:
+    """Draws train and held-out loss over steps, with horizontal lines for `levels` (label → nats).
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    end = max(step for step, _ in train + held_out)
+    if train:
+        steps, values = zip(*train, strict=True)
+        axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="train, each step")
+        axes.plot(steps, _smooth(values), color="#2171b5", linewidth=1.8, label="train, running mean")
+    if held_out:
+        steps, values = zip(*held_out, strict=True)
+        axes.plot(steps, values, color="#d94801", linewidth=1.8, marker="o", markersize=4, label="held-out")
+        axes.annotate(
+            f"{values[-1]:.2f}", (steps[-1], values[-1]), (6, 0), textcoords="offset points",
+            color="#d94801", va="center", fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+    for label, value in (levels or {}).items():
+        axes.axhline(value, color="#636363", linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"{label} {value:.2f}", (end, value), (-4, 3), textcoords="offset points", ha="right", color="#636363"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("next-token loss (nats)")
+    axes.set_xlim(0, max(end, 1) * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(0.97, 1.0))
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=150, format="png")
+    os.replace(partial, path)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential running mean, corrected for its start."""
+    smooth, mean, total = [], 0.0, 0.0
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + 1 - weight
+        smooth.append(mean / total)
+    return smooth
