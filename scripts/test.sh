@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 if [ -n "${PARITY:-}${CI:-}" ]; then
-  make_environment all,test,parity torch==2.13.0 transformers
+  make_environment all,test,parity torch==2.13.0 transformers==5.23.0
 else
   make_environment all,test
 fi
