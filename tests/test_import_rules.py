@@ -43,7 +43,9 @@ ALLOWED = {
     "v4jax.serve": STORED | {"v4jax.serve"},
     "v4jax.info": USES | KERNELS,
     "v4jax.plan": USES | KERNELS,
-    "v4jax.bench": USES | KERNELS,
+    "v4jax.cost": STORED,
+    "v4jax.peer": USES | {"v4jax.cost"},
+    "v4jax.bench": USES | KERNELS | {"v4jax.cost", "v4jax.peer"},
     "v4jax.cli": {"v4jax", "kernels_pallas"},
 }
 KERNEL_DEPENDENCIES = {"jax", "numpy", "jaxtyping", "ml_dtypes"}

@@ -8,11 +8,9 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
-import math
 import os
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,19 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from v4jax.checkpoint.names import Spelling, Storage, section_parameters, sections, stored_tensors
-from v4jax.config import AttentionKind, ModelConfig, layer_plan
+from v4jax.config import ModelConfig
+from v4jax.cost import Run, Workload, decode_bytes, workload_flops
 from v4jax.dtypes import DTypePolicy
 from v4jax.errors import UserError
 from v4jax.model.transformer import Transformer
+from v4jax.peer import Transformers
 from v4jax.serve.decoder import Decoder
 from v4jax.serve.generate import generate
 from v4jax.serve.sampling import Sampling
 from v4jax.train.recipes import TrainOptions
 from v4jax.train.step import make_train_step, take_apart
-
-Run = Callable[[], None]
-"""One timed piece of work; returns when its result is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +45,6 @@ class Options:
     """Timed repetitions of each figure, of which the median counts."""
     json: Path | None = None
     """Also write the figures to this file."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """One row: `batch` sequences; `length` is a prompt's, a row's, or of the context that `steps` tokens are added to."""
-
-    kind: Literal["prefill", "decode", "train"]
-    batch: int
-    length: int
-    steps: int = 1
-
-    @property
-    def name(self) -> str:
-        """As the tables call it."""
-        if self.kind == "prefill":
-            return f"prefill {self.length}"
-        return f"decode {self.batch} at {self.length}" if self.kind == "decode" else f"train {self.batch}×{self.length}"
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that one repetition counts."""
-        return self.batch * (self.steps if self.kind == "decode" else self.length)
 
 
 WORKLOADS = (
@@ -126,7 +100,7 @@ def bench_model(
     sides: dict[str, Side] = {}
     difference = None
     if against is not None:
-        sides["peer"] = peer = _Transformers(config, model)
+        sides["peer"] = peer = Transformers(config, model, _TRAINING, THREADS)
         difference = peer.logit_difference(model)
     sides["ours"] = ours = _Ours(config, model, calls=repetitions + 1)
     limits, rows = _Limits(), []
@@ -174,7 +148,7 @@ def _take_turns(runs: dict[str, Run], limits: "_Limits", repetitions: int) -> di
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-# ---- our side ---------------------------------------------------------------------------------------------------------
+# ---- our side --------------------------------------------------------------------------------------------------------
 _GREEDY = Sampling(temperature=0.0)
 _TRAINING = TrainOptions(learning_rate=1e-4, final_learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
 
@@ -190,7 +164,7 @@ class _Ours:
 
     def prefill(self, work: Workload) -> Run:
         """Starts generation: fills a new cache with a prompt and picks the next token."""
-        prompts = _tokens(self.config, work.batch, work.length).tolist()
+        prompts = work.draw(self.config.vocab_size).tolist()
 
         def prefill() -> None:
             next(generate(self._decoder, prompts, max_new_tokens=1, sampling=_GREEDY, stop=()))
@@ -199,10 +173,8 @@ class _Ours:
 
     def decode(self, work: Workload) -> Run:
         """Goes on with a generation whose prompt is the context."""
-        prompts = _tokens(self.config, work.batch, work.length).tolist()
-        stream = generate(
-            self._decoder, prompts, max_new_tokens=1 + self.calls * work.steps, sampling=_GREEDY, stop=()
-        )
+        prompts = work.draw(self.config.vocab_size).tolist()
+        stream = generate(self._decoder, prompts, max_new_tokens=1 + self.calls * work.steps, sampling=_GREEDY, stop=())
         next(stream)
 
         def decode() -> None:
@@ -217,7 +189,7 @@ class _Ours:
         layout, state, frozen = take_apart(self._model, _TRAINING)
         self._model = None
         step = make_train_step(layout, self.config, _TRAINING)
-        tokens = jnp.asarray(_tokens(self.config, work.batch, work.length))
+        tokens = jnp.asarray(work.draw(self.config.vocab_size))
         batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
 
         def train() -> None:
@@ -229,115 +201,12 @@ class _Ours:
 
     def distinct_experts(self, work: Workload) -> float:
         """Routed experts that one decoding step reads, per layer: what the last tokens of a batch of prompts picked."""
-        tokens = _tokens(self.config, work.batch, min(work.length, 128))
+        tokens = dataclasses.replace(work, length=min(work.length, 128)).draw(self.config.vocab_size)
         choices = jax.jit(lambda model, tokens: model.hidden(tokens, record=True).choices)(self._decoder.model, tokens)
         return statistics.mean(len(np.unique(layer.experts[:, -1])) for layer in choices)
 
 
-# ---- the peer ---------------------------------------------------------------------------------------------------------
-_CONTEXT_CHUNK = 128
-"""The peer's eager attention holds [batch, heads, chunk, context] scores: a context is filled in chunks of this length."""
-
-
-class _Transformers:
-    """transformers' DeepseekV4ForCausalLM in eager attention, its only one, with the grouped matmul for experts."""
-
-    def __init__(self, config: ModelConfig, model: Transformer):
-        try:
-            import torch
-            from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-        except ImportError as error:
-            raise UserError(
-                f"--against transformers: {error.name} is not installed; pip install 'v4jax[parity]'"
-            ) from None
-        torch.set_num_threads(THREADS)
-        self._torch = torch
-        self.config = config
-        with torch.no_grad():
-            self.module = DeepseekV4ForCausalLM(DeepseekV4Config(**config.to_hf(), attn_implementation="eager")).float()
-            _copy_weights(model, config, self.module.state_dict(), torch.from_numpy)
-
-    def _tokens(self, batch: int, length: int) -> Any:
-        return self._torch.from_numpy(_tokens(self.config, batch, length)).long()
-
-    def logit_difference(self, model: Transformer) -> float:
-        """The largest difference of any logit from ours, on one prompt: whether both sides do the same work."""
-        tokens = _tokens(self.config, 1, 256)
-        with self._torch.inference_mode():
-            theirs = self.module(self._torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
-        return float(np.abs(np.asarray(jax.jit(lambda model: model(tokens))(model)) - theirs).max())
-
-    def prefill(self, work: Workload) -> Run:
-        """A forward pass into a new cache, logits of the last position."""
-        tokens = self._tokens(work.batch, work.length)
-
-        def prefill() -> None:
-            with self._torch.inference_mode():
-                self._next_token(tokens, self._new_cache())
-
-        return prefill
-
-    def decode(self, work: Workload) -> Run:
-        """One forward pass per token, with the model's own cache."""
-        cache = self._new_cache()
-        with self._torch.inference_mode():
-            for chunk in self._tokens(work.batch, work.length).split(_CONTEXT_CHUNK, dim=1):
-                token = self._next_token(chunk, cache)
-
-        def decode() -> None:
-            nonlocal token
-            with self._torch.inference_mode():
-                for _ in range(work.steps):
-                    token = self._next_token(token, cache)
-
-        return decode
-
-    def train(self, work: Workload) -> Run:
-        """transformers' own loss, and torch's fused AdamW, its Trainer's default."""
-        tokens = self._tokens(work.batch, work.length)
-        adamw = self._torch.optim.AdamW(
-            self.module.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
-        self.module.train()
-
-        def train() -> None:
-            adamw.zero_grad(set_to_none=True)
-            self.module(tokens, labels=tokens, use_cache=False).loss.backward()
-            self._torch.nn.utils.clip_grad_norm_(self.module.parameters(), _TRAINING.clip)
-            adamw.step()
-
-        return train
-
-    def _new_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.module.config)
-
-    def _next_token(self, tokens: Any, cache: Any) -> Any:
-        logits = self.module(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].argmax(-1, keepdim=True)
-
-
-def _copy_weights(
-    model: Transformer, config: ModelConfig, state: dict[str, Any], as_tensor: Callable[[np.ndarray], Any]
-) -> None:
-    """Writes our weights into transformers' tensors, whose expert matrices hold all experts, w1 over w3."""
-    top, layers, _ = model.to_tensors()
-    for section, tensors in zip(sections(config), (top, *layers), strict=True):
-        for parameter in section_parameters(config, section):
-            for index, stored in enumerate(stored_tensors(section, parameter, Spelling.TRANSFORMERS)):
-                target, value = state[stored.name], tensors[parameter.key]
-                if stored.slab is not None:
-                    target, value = target[stored.slab], value[index]
-                target = target if stored.rows is None else target[stored.rows]
-                target.copy_(as_tensor(np.ascontiguousarray(value)))
-
-
-def _tokens(config: ModelConfig, batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
-
-
-# ---- limits -----------------------------------------------------------------------------------------------------------
+# ---- limits ----------------------------------------------------------------------------------------------------------
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _GEMM_SIZE = 2048
 _READ_BYTES = 1 << 30
@@ -376,64 +245,7 @@ class _Limits:
         return self._memory.nbytes / statistics.median(self._read_seconds)
 
 
-# ---- what the work needs ------------------------------------------------------------------------------------------------
-def decode_bytes(config: ModelConfig, distinct_experts: float) -> float:
-    """float32 weight bytes that a decoding step must read: all but the embedding and the experts that no sequence picked."""
-    return 4 * _active_weights(config, distinct_experts, is_counted=lambda key, shape: True)
-
-
-def workload_flops(config: ModelConfig, work: Workload) -> float:
-    """FLOPs that a prefill or a training step needs: products with weights, attention over visible keys, index scores.
-
-    A prefill forms logits of the last position. A training step counts three forward passes (one forward, two in the
-    backward), but one for the indexer, which gets no gradient. Nothing recomputed counts.
-    """
-    tokens = work.batch * work.length
-    head = 2 * config.vocab_size * config.hidden_size
-    weights = 2 * _active_weights(config, config.num_experts_per_tok, is_counted=_is_multiplied) - head
-    attention, index = _attention_flops(config, work.length)
-    index_weights = 2 * _active_weights(
-        config, 0, is_counted=lambda key, shape: ".indexer." in key and _is_multiplied(key, shape)
-    )
-    forward = tokens * weights + work.batch * (attention + index)
-    if work.kind == "prefill":
-        return forward + work.batch * head
-    return 3 * (forward + tokens * head) - 2 * (tokens * index_weights + work.batch * index)
-
-
-def _active_weights(config: ModelConfig, experts: float, is_counted: Callable[[str, tuple[int, ...]], bool]) -> float:
-    """Elements of the parameters that one pass touches, with so many routed experts per layer."""
-    total = 0.0
-    for section in sections(config.without_mtp()):
-        for parameter in section_parameters(config, section):
-            if parameter.key == "embed.weight" or parameter.storage is Storage.TABLE:
-                continue
-            if is_counted(parameter.key, parameter.shape):
-                share = experts / config.n_routed_experts if parameter.storage is Storage.EXPERT else 1.0
-                total += share * math.prod(parameter.shape)
-    return total
-
-
-def _is_multiplied(key: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1 and not key.endswith("ape")
-
-
-def _attention_flops(config: ModelConfig, length: int) -> tuple[int, int]:
-    """(attention, indexer) FLOPs of one sequence: scores and values per visible key, index scores per visible entry."""
-    position = np.arange(1, length + 1)
-    window = np.minimum(position, config.sliding_window).sum()
-    keys, entries = 0, 0
-    for spec in layer_plan(config):
-        visible = position // spec.ratio if spec.ratio else np.zeros_like(position)
-        if spec.attention is AttentionKind.CSA:
-            entries += visible.sum()
-            visible = np.minimum(visible, config.index_topk)
-        keys += window + visible.sum()
-    per_key = 4 * config.num_attention_heads * config.head_dim
-    return int(keys * per_key), int(entries * 2 * config.index_n_heads * config.index_head_dim)
-
-
-# ---- report -----------------------------------------------------------------------------------------------------------
+# ---- report ----------------------------------------------------------------------------------------------------------
 def _versions(packages: list[str]) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 

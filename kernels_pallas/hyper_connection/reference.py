@@ -1,7 +1,7 @@
 """Manifold-constrained hyper-connections in plain jnp (architecture.md §3), all in float32.
 
-Maps of the streams keep their 4 or 4×4 entries in LEADING axes and tokens behind them, so that every step of the Sinkhorn
-rounds is one elementwise operation over whole rows of tokens.
+Maps of the streams keep their 4 or 4×4 entries in LEADING axes and tokens behind them, so that every step of the
+Sinkhorn rounds is one elementwise operation over whole rows of tokens.
 """
 
 from typing import NamedTuple

@@ -47,9 +47,9 @@ def reference(model: Transformer) -> Result:
     return run(model, TOKENS)
 
 
-# ---- packing and padding -----------------------------------------------------------------------------------------------
+# ---- packing and padding ---------------------------------------------------------------------------------------------
 def _place(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray, list[list[tuple[int, int]]]]:
-    """Lays out documents (by number) in rows: tokens, segment ids, and per row (document, start). Padding is real ids."""
+    """Lays out documents (by number) in rows: tokens, segment ids, per row (document, start). Padding is real ids."""
     tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (ROWS, LENGTH), dtype=np.int32)
     segment_ids, places = np.zeros_like(tokens), []
     for row, documents in enumerate(rows):
@@ -104,7 +104,7 @@ def test_gradients_of_packed_documents_are_those_of_separate_ones(model: Transfo
     tolerances.assert_gradients_close(tensors("packed"), want, tolerances.GRADIENT_REORDERING)
 
 
-# ---- views and batches ---------------------------------------------------------------------------------------------------
+# ---- views and batches -----------------------------------------------------------------------------------------------
 def test_unrolled_layers_equal_scanned_segments(model: Transformer, reference: Result) -> None:
     assert [segment.spec.repeats for segment in model.segments] == [1, 1, 2]
     got = run(model.unstack(), TOKENS)
@@ -144,7 +144,7 @@ def test_sequences_of_unequal_lengths_prefill_and_decode_as_if_alone(
     np.testing.assert_array_equal(cache.length, lengths + steps)
 
 
-# ---- experts -----------------------------------------------------------------------------------------------------------
+# ---- experts ---------------------------------------------------------------------------------------------------------
 def test_permuting_the_experts_changes_nothing(reference: Result) -> None:
     tensors = random_tensors(CONFIG, 0)
     rng = np.random.default_rng(2)
@@ -176,7 +176,7 @@ def test_hash_layers_pick_experts_by_token_id_alone(reference: Result) -> None:
         assert is_same == (layer in HASHED), f"layer {layer}"
 
 
-# ---- causality -----------------------------------------------------------------------------------------------------------
+# ---- causality -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("position", [16, 31, 47, 71])  # where windows of 4 and 16 begin and end
 def test_no_logit_depends_on_a_later_token(model: Transformer, reference: Result, position: int) -> None:
     tokens = TOKENS.copy()

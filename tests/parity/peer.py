@@ -44,7 +44,7 @@ class PeerRun(NamedTuple):
     logits: np.ndarray
     choices: Choices
     margin: np.ndarray
-    """The last picked score minus the first one left out, the smaller of router and indexer; inf where all is picked."""
+    """The last picked score minus the first left out, the smaller of router and indexer; inf where all is picked."""
 
 
 class Gradients(NamedTuple):
@@ -57,7 +57,7 @@ class Gradients(NamedTuple):
     absent: list[str]
 
 
-# ---- configurations ---------------------------------------------------------------------------------------------------
+# ---- configurations --------------------------------------------------------------------------------------------------
 def random_config(seed: int) -> ModelConfig:
     """A small model with odd sizes: every attention and router kind in any order, other windows, rates and streams."""
     rng = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def random_tokens(config: ModelConfig, seed: int, batch: int = 2, length: int = 
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
 
 
-# ---- the model --------------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------------------
 class Peer:
     """A transformers model in float32 (or the bfloat16 of `to_bfloat16`), eager attention, without a cache."""
 
@@ -121,7 +121,7 @@ class Peer:
 
     @classmethod
     def random(cls, config: ModelConfig, seed: int, *, is_bfloat16_exact: bool = False) -> "Peer":
-        """Every weight random; `is_bfloat16_exact` rounds those that `to_bfloat16` narrows, so that both hold the same."""
+        """Every weight random; `is_bfloat16_exact` rounds those that `to_bfloat16` narrows: both hold the same."""
         hf_config = DeepseekV4Config(**config.to_hf(), **PLAIN_FORWARD)
         module = DeepseekV4ForCausalLM(hf_config).float().train()
         generator = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ class Peer:
         return cls(config, module)
 
     def to_bfloat16(self) -> "Peer":
-        """A copy as `from_pretrained(dtype=torch.bfloat16)` gives it: norms, sinks, ape, biases and mHC stay float32."""
+        """A copy as `from_pretrained(dtype=torch.bfloat16)` gives it: norms, sinks, ape, biases, mHC stay float32."""
         module = copy.deepcopy(self.module)
         for name, parameter in module.named_parameters():
             if _is_narrowed(name):
@@ -193,7 +193,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.int().numpy() if not tensor.is_floating_point() else tensor.float().numpy().copy()
 
 
-# ---- names (architecture.md §14.3) --------------------------------------------------------------------------------------
+# ---- names (architecture.md §14.3) -----------------------------------------------------------------------------------
 _TOP = {
     "model.embed_tokens.weight": "embed.weight",
     "lm_head.weight": "head.weight",
@@ -252,7 +252,7 @@ def to_official(values: Mapping[str, np.ndarray]) -> tuple[Tensors, list[Tensors
     return top, [layers[index] for index in range(len(layers))]
 
 
-# ---- choices ----------------------------------------------------------------------------------------------------------
+# ---- choices ---------------------------------------------------------------------------------------------------------
 class _Watched:
     """Fills in what the hooks see: one row of the arrays per layer."""
 

@@ -107,7 +107,8 @@ class Attention(nnx.Module):
         )  # fmt: skip
 
     def _attend(
-        self, x: jax.Array, latent: jax.Array, q: jax.Array, kv: jax.Array, inputs: LayerInputs, selection: jax.Array | None,
+        self, x: jax.Array, latent: jax.Array, q: jax.Array, kv: jax.Array, inputs: LayerInputs,
+        selection: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
         """Whole rows: nothing precedes the first token."""
         window = self.config.sliding_window

@@ -75,7 +75,7 @@ class Transformer(HeadMixer):
     def __call__(
         self, tokens: Int[Array | np.ndarray, "B S"], segment_ids: Int[Array | np.ndarray, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
-        """Logits float32 of every position, compiled. `segment_ids`: 0 is padding, documents from 1, each on its own."""
+        """Logits float32 of every position, compiled. `segment_ids`: 0 is padding, documents from 1, each alone."""
         return _call(self, jnp.asarray(tokens), segment_ids)
 
     def hidden(

@@ -1,0 +1,112 @@
+"""The transformers implementation of the model, as the other side of `v4jax bench model`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax.checkpoint.names import Spelling, section_parameters, sections, stored_tensors
+from v4jax.config import ModelConfig
+from v4jax.cost import Run, Workload
+from v4jax.errors import UserError
+from v4jax.model.transformer import Transformer
+from v4jax.train.recipes import TrainOptions
+
+_CONTEXT_CHUNK = 128
+"""The peer's eager attention holds [batch, heads, chunk, context] scores: contexts are filled in such chunks."""
+
+
+class Transformers:
+    """Its DeepseekV4ForCausalLM with our weights, in eager attention, its only one, with grouped expert products."""
+
+    def __init__(self, config: ModelConfig, model: Transformer, training: TrainOptions, threads: int) -> None:
+        try:
+            import torch
+            from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+        except ImportError as error:
+            raise UserError(
+                f"--against transformers: {error.name} is not installed; pip install 'v4jax[parity]'"
+            ) from None
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self.config, self.training = config, training
+        settings: dict[str, Any] = config.to_hf() | {"attn_implementation": "eager"}
+        with torch.no_grad():
+            self.module = DeepseekV4ForCausalLM(DeepseekV4Config(**settings)).float()
+            _copy_weights(model, config, self.module.state_dict(), torch.from_numpy)
+
+    def _tokens(self, work: Workload) -> Any:
+        return self._torch.from_numpy(work.draw(self.config.vocab_size)).long()
+
+    def logit_difference(self, model: Transformer) -> float:
+        """The largest difference of any logit from ours, on one prompt: whether both sides do the same work."""
+        tokens = Workload("prefill", 1, 256).draw(self.config.vocab_size)
+        with self._torch.inference_mode():
+            theirs = self.module(self._torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+        return float(np.abs(np.asarray(jax.jit(lambda model: model(tokens))(model)) - theirs).max())
+
+    def prefill(self, work: Workload) -> Run:
+        """A forward pass into a new cache, logits of the last position."""
+        tokens = self._tokens(work)
+
+        def prefill() -> None:
+            with self._torch.inference_mode():
+                self._next_token(tokens, self._new_cache())
+
+        return prefill
+
+    def decode(self, work: Workload) -> Run:
+        """One forward pass per token, with the model's own cache."""
+        cache = self._new_cache()
+        with self._torch.inference_mode():
+            for chunk in self._tokens(work).split(_CONTEXT_CHUNK, dim=1):
+                token = self._next_token(chunk, cache)
+
+        def decode() -> None:
+            nonlocal token
+            with self._torch.inference_mode():
+                for _ in range(work.steps):
+                    token = self._next_token(token, cache)
+
+        return decode
+
+    def train(self, work: Workload) -> Run:
+        """Transformers' own loss, and torch's fused AdamW, its Trainer's default."""
+        tokens = self._tokens(work)
+        adamw = self._torch.optim.AdamW(
+            self.module.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self.module.train()
+
+        def train() -> None:
+            adamw.zero_grad(set_to_none=True)
+            self.module(tokens, labels=tokens, use_cache=False).loss.backward()
+            self._torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.training.clip)
+            adamw.step()
+
+        return train
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.module.config)
+
+    def _next_token(self, tokens: Any, cache: Any) -> Any:
+        logits = self.module(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _copy_weights(
+    model: Transformer, config: ModelConfig, state: dict[str, Any], as_tensor: Callable[[np.ndarray], Any]
+) -> None:
+    """Writes our weights into transformers' tensors, whose expert matrices hold all experts, w1 over w3."""
+    top, layers, _ = model.to_tensors()
+    for section, tensors in zip(sections(config), (top, *layers), strict=True):
+        for parameter in section_parameters(config, section):
+            for index, stored in enumerate(stored_tensors(section, parameter, Spelling.TRANSFORMERS)):
+                target, value = state[stored.name], tensors[parameter.key]
+                if stored.slab is not None:
+                    target, value = target[stored.slab], value[index]
+                target = target if stored.rows is None else target[stored.rows]
+                target.copy_(as_tensor(np.ascontiguousarray(value)))
