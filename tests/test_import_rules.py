@@ -16,7 +16,7 @@ FILES = sorted([*(ROOT / "v4jax").rglob("*.py"), *(ROOT / "kernels_pallas").rglo
 KERNELS = {"kernels_pallas"}
 BASE = {"v4jax.errors", "v4jax.config", "v4jax.dtypes", "v4jax.sharding", "v4jax.quant", "v4jax.cache"}
 TEXT = {"v4jax.errors", "v4jax.chat", "v4jax.tokenizer"}
-MODEL = BASE | {"v4jax.ops", "v4jax.model"}
+MODEL = BASE | {"v4jax.ops", "v4jax.compilation", "v4jax.model"}
 STORED = MODEL | TEXT | {"v4jax.checkpoint", "v4jax.loading", "kernels_pallas.formats"}
 USES = STORED | {"v4jax.logits", "v4jax.train", "v4jax.serve"}
 
@@ -35,6 +35,7 @@ ALLOWED = {
     "v4jax.chat": {"v4jax.errors"},
     "v4jax.tokenizer": TEXT,
     "v4jax.ops": KERNELS | {"v4jax.errors", "v4jax.quant", "v4jax.sharding"},
+    "v4jax.compilation": {"v4jax.ops"},
     "v4jax.model": MODEL,
     "v4jax.checkpoint": STORED - {"v4jax.loading"},
     "v4jax.loading": STORED,

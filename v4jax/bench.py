@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from v4jax.compilation import jit
 from v4jax.config import ModelConfig
 from v4jax.cost import Run, Workload, decode_bytes, workload_flops
 from v4jax.dtypes import DTypePolicy
@@ -202,7 +203,7 @@ class _Ours:
     def distinct_experts(self, work: Workload) -> float:
         """Routed experts that one decoding step reads, per layer: what the last tokens of a batch of prompts picked."""
         tokens = dataclasses.replace(work, length=min(work.length, 128)).draw(self.config.vocab_size)
-        choices = jax.jit(lambda model, tokens: model.hidden(tokens, record=True).choices)(self._decoder.model, tokens)
+        choices = jit(lambda model, tokens: model.hidden(tokens, record=True).choices)(self._decoder.model, tokens)
         return statistics.mean(len(np.unique(layer.experts[:, -1])) for layer in choices)
 
 

@@ -16,6 +16,7 @@ import tyro
 from v4jax import ops
 from v4jax.cache import Cache
 from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
+from v4jax.compilation import jit
 from v4jax.config import layer_plan
 from v4jax.dtypes import DTypePolicy
 from v4jax.errors import UsageError, UserError
@@ -123,7 +124,7 @@ def all_logits(
     return {name: np.concatenate(parts, axis=1) for name, parts in pieces.items() if parts}
 
 
-@functools.partial(jax.jit, static_argnames="mtp")
+@functools.partial(jit, static_argnames="mtp")
 def _chunk(model: Transformer, tokens: jax.Array, cache: Cache, *, mtp: bool) -> tuple:
     before = cache.length
     output, cache = model.extend(tokens, cache)
@@ -134,7 +135,7 @@ def _chunk(model: Transformer, tokens: jax.Array, cache: Cache, *, mtp: bool) ->
     return model.logits(output.hidden), mtp_logits, cache
 
 
-@jax.jit
+@jit
 def _layer(layer: DecoderLayer, streams: jax.Array, inputs: LayerInputs) -> jax.Array:
     return layer(streams, inputs)[0]
 

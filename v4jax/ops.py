@@ -20,6 +20,7 @@ from v4jax.errors import UsageError
 
 __all__ = [
     "Maps",
+    "forced_implementations",
     "grouped_experts",
     "hyper_connection_head",
     "hyper_connection_read",
@@ -50,6 +51,11 @@ def implementations(choices: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         _OVERRIDES.reset(token)
+
+
+def forced_implementations() -> frozenset[tuple[str, str]]:
+    """The choices in force, as (operation, implementation)."""
+    return frozenset((_OVERRIDES.get() or {}).items())
 
 
 def _switched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

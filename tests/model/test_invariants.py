@@ -85,7 +85,10 @@ def test_padded_and_packed_documents_equal_unpadded_ones(model: Transformer, ref
     assert got.expert_load.sum() == (segment_ids > 0).sum() * CONFIG.num_experts_per_tok * CONFIG.num_hidden_layers
 
 
-def test_gradients_of_packed_documents_are_those_of_separate_ones(model: Transformer) -> None:
+def test_gradients_of_packed_documents_are_those_of_separate_ones() -> None:
+    # With seed 0 a hidden value of an expert lies within rounding of the SwiGLU clamp, where the derivative jumps.
+    model = random_model(CONFIG, seed=1)
+
     @jax.jit
     def gradient(model: Transformer, tokens: jax.Array, segment_ids: jax.Array) -> Transformer:
         def loss(parameters: Transformer) -> jax.Array:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from v4jax.cache import Cache, MTPCache, init_cache
+from v4jax.compilation import jit
 from v4jax.config import ModelConfig, SegmentSpec, mtp_plan
 from v4jax.dtypes import DTypePolicy
 from v4jax.model.inputs import Choices, LayerInputs, cached_inputs, full_inputs
@@ -300,12 +301,12 @@ class Transformer(HeadMixer):
         return model
 
 
-@jax.jit
+@jit
 def _call(model: Transformer, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return model.logits(model.hidden(tokens, segment_ids).hidden)
 
 
-@jax.jit
+@jit
 def _call_mtp(model: Transformer, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return model.logits(model.mtp_hidden(model.hidden(tokens, segment_ids).streams, tokens, segment_ids))
 

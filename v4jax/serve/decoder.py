@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from v4jax.cache import Cache
+from v4jax.compilation import jit
 from v4jax.errors import UserError
 from v4jax.model.transformer import Transformer
 from v4jax.serve.sampling import sample
@@ -91,7 +92,7 @@ def _bucket(length: int) -> int:
     return max(_MIN_CHUNK, 1 << (length - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames=("hidden", "cache"))
+@functools.partial(jit, static_argnums=0, donate_argnames=("hidden", "cache"))
 def _prefill(
     structure: Any, leaves: tuple, tokens: jax.Array, lengths: jax.Array, hidden: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
@@ -102,17 +103,17 @@ def _prefill(
     return jnp.where(lengths[:, None] > 0, last, hidden), cache
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _head(structure: Any, leaves: tuple, hidden: jax.Array) -> jax.Array:
     return jax.tree.unflatten(structure, leaves).logits(hidden)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+@functools.partial(jit, static_argnums=0, donate_argnames="cache")
 def _step(structure: Any, leaves: tuple, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     return jax.tree.unflatten(structure, leaves).decode_step(tokens, cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+@functools.partial(jit, static_argnums=0, donate_argnames="cache")
 def _step_and_sample(
     structure: Any, leaves: tuple, tokens: jax.Array, cache: Cache, keys: jax.Array, temperature: jax.Array,
     top_p: jax.Array,
@@ -121,4 +122,4 @@ def _step_and_sample(
     return sample(logits, keys, cache.length, jnp.float32(temperature), jnp.float32(top_p)), cache
 
 
-first_sample = jax.jit(sample)
+first_sample = jit(sample)

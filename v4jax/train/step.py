@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from v4jax.compilation import jit
 from v4jax.config import ModelConfig, RouterKind, layer_plan
 from v4jax.model.params import RouterBias
 from v4jax.model.transformer import Transformer
@@ -207,7 +208,7 @@ def make_train_step(layout: Layout, config: ModelConfig, options: TrainOptions) 
         parameters: Any = optax.apply_updates(state.parameters, updates)
         return TrainState(state.step + 1, parameters, biases, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jit(step, donate_argnums=0)
 
 
 def _mask(batch: Batch, ahead: int) -> Array:
@@ -240,7 +241,7 @@ def _load_imbalance(load: Float[Array, "L E"]) -> Float[Array, ""]:
     return jnp.mean(jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9))
 
 
-@jax.jit
+@jit
 def evaluation_step(model: Transformer, batch: Batch) -> Losses:
     """Sums over one batch, MTP included where the model has it."""
     return summed_losses(model, batch, has_mtp=model.config.num_mtp_layers > 0)

@@ -1,0 +1,42 @@
+"""`jax.jit` for whole steps of the model: with each platform's compiler options, and never past a forced choice."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import get_opaque_trace_state
+
+from v4jax import ops
+
+# XLA's default order on CPU allocates the loop buffers of all layers at once; this one is no slower, and a forward pass
+# of 32,768 tokens of the 137M-parameter model needs 1.2 GiB of temporaries with it instead of 4.1.
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+
+_UNTRACED = get_opaque_trace_state(convention="nnx")
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit(function, **options)`, made at the first call, so that importing a module starts no backend.
+
+    Inside another transformation it is the plain function: compiler options belong to the outermost `jit`.
+    One is made per platform and per set of forced implementations (`ops.implementations`): a program compiled under one
+    choice never answers a call under another.
+    """
+
+    @functools.cache
+    def compiled(platform: str, forced: frozenset[tuple[str, str]]) -> Callable[..., Any]:
+        # JAX keeps traces by function, so each choice needs a function of its own.
+        @functools.wraps(function)
+        def own(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return jax.jit(own, compiler_options=_COMPILER_OPTIONS.get(platform), **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if get_opaque_trace_state(convention="nnx") != _UNTRACED:
+            return function(*args, **kwargs)
+        return compiled(jax.default_backend(), ops.forced_implementations())(*args, **kwargs)
+
+    return call
