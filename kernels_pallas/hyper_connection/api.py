@@ -3,11 +3,11 @@
 from jaxtyping import Array, Float
 
 from kernels_pallas.dispatch import Implementation, declare
-from kernels_pallas.hyper_connection import reference
+from kernels_pallas.hyper_connection import reference, xla
 from kernels_pallas.hyper_connection.reference import Maps
 
 _READ = declare("hyper_connection_read", reference=reference.read)
-_WRITE = declare("hyper_connection_write", reference=reference.write)
+_WRITE = declare("hyper_connection_write", reference=reference.write, xla=xla.write)
 _HEAD = declare("hyper_connection_head", reference=reference.head)
 
 
