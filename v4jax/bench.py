@@ -97,7 +97,7 @@ def bench_model(
     Raises:
         UserError: the peer is not installed.
     """
-    model = Transformer.random(config, DTypePolicy.named("float32"))
+    model = Transformer.random(config, DTypePolicy.named("float32"), stacked=jax.default_backend() == "tpu")
     sides: dict[str, Side] = {}
     difference = None
     if against is not None:

@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_experts.reference import dot, swiglu
 
-_MAX_BLOCK, _MIN_BLOCK = 128, 8
+_MAX_BLOCK, _MIN_BLOCK = 128, 4
+_WEIGHTS_FIRST = 16
+"""Blocks up to this many rows are multiplied as weights · rowsᵀ: XLA packs the second operand, here the smaller one."""
 _UNROLLED_PICKS = 8
 """Up to this many (token, expert) pairs run one by one: no sort, no padding, and independent dots run in parallel."""
 
@@ -107,12 +109,33 @@ def _forward(
     return _gather_sum(out, groups.slot), gate, up
 
 
+def _forward_few(x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups, block: int, limit: float) -> jax.Array:
+    """`_forward` for small blocks: products are weights · rowsᵀ, and rows are columns until the end."""
+
+    def one_expert(i: jax.Array, out: jax.Array) -> jax.Array:
+        expert = groups.expert[i]
+        w1, w3, w2 = (matrix[expert] for matrix in matrices)
+
+        def one_block(j: jax.Array, out: jax.Array) -> jax.Array:
+            x_block = x[_rows(groups.token, j, block)]
+            z = swiglu(dot(w1, x_block), dot(w3, x_block), limit) * _rows(groups.share, j, block)
+            columns = dot(w2, z.astype(x.dtype).T)
+            return jax.lax.dynamic_update_slice_in_dim(out, columns, j * block, 1)
+
+        return jax.lax.fori_loop(groups.first[expert], groups.last[expert], one_block, out)
+
+    out = jnp.zeros((x.shape[1], groups.token.shape[0]), jnp.float32)
+    return _gather_sum(jax.lax.fori_loop(0, groups.active, one_expert, out).T, groups.slot)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _experts(
     x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float
 ) -> jax.Array:
     block = _block_size(experts.size, matrices[0].shape[0])
     groups = _group(experts, weights, matrices[0].shape[0], block)
+    if block <= _WEIGHTS_FIRST:
+        return _forward_few(x, matrices, groups, block, limit)
     return _forward(x, matrices, groups, block, limit, keep=False)[0]
 
 

@@ -13,6 +13,9 @@ from kernels_pallas.tpu import cdiv
 _MIN_BLOCK = 64
 _ELEMENTS = 1 << 23
 """Scores over entries, or elements of gathered entries, that exist at a time: 32 MiB of float32."""
+_PARTS = 2
+"""Parts of a block of queries: each multiplies 1.5 blocks of window keys instead of 2; more parts cost more than they
+save."""
 _GATHER_FROM = 8
 """Gathering pays once there are this many entries per selected one: a dense product wastes 8× the arithmetic, and a
 gather costs about that much more per row than a contiguous read (measured on CPU; the same order on GPU)."""
@@ -90,16 +93,16 @@ def sparse_attention(
 ) -> Float[Array, "B S N H"]:
     """See `api.sparse_attention`."""
     batch, length, heads, dim = q.shape
-    block = max(window, _MIN_BLOCK)
+    block = _PARTS * cdiv(max(window, _MIN_BLOCK), _PARTS)
     count = cdiv(length, block)
     size = 0 if entries is None else entries.shape[1]
     is_gathered = selection is not None and size > _GATHER_FROM * selection.shape[-1]
-    # Queries that look at entries at a time: what they touch, scores or gathered rows, stays within bounds.
+    # Queries that are looked at together: what they touch, scores or gathered rows, stays within bounds.
     touched = heads * size
     if is_gathered:
         assert selection is not None
         touched = selection.shape[-1] * dim
-    inner = block
+    inner = block // _PARTS
     while inner > 8 and inner % 2 == 0 and batch * inner * touched > _ELEMENTS:
         inner //= 2
 
@@ -119,7 +122,7 @@ def sparse_attention(
     band = (distance >= 0) & (distance < window)
 
     def attend(
-        near: jax.Array, q: jax.Array, near_mask: jax.Array, position: jax.Array, segment: jax.Array, *chosen: jax.Array
+        near: jax.Array, near_mask: jax.Array, q: jax.Array, position: jax.Array, segment: jax.Array, *chosen: jax.Array
     ) -> jax.Array:
         if entries is None:
             return _attend_two(q, near, near_mask, None, None, sink, scale)
@@ -140,9 +143,13 @@ def sparse_attention(
         q_block, position, segment, key_a, key_b, segment_a, segment_b, *chosen = inputs
         near = jnp.concatenate([key_a, key_b], axis=1)
         near_segment = jnp.concatenate([segment_a, segment_b], axis=1)
-        near_mask = band & (near_segment[:, None] == segment[..., None])
-        per_query = (q_block, near_mask, position, segment, *chosen)
-        parts = [attend(near, *(x[:, i : i + inner] for x in per_query)) for i in range(0, block, inner)]
+        parts = []
+        for i in range(0, block, inner):
+            # The keys that the windows of these queries touch: `block` before the first of them, to the last.
+            touched, rows = slice(i, i + block + inner), slice(i, i + inner)
+            per_query = (x[:, rows] for x in (q_block, position, segment, *chosen))
+            mask = band[rows, touched] & (near_segment[:, None, touched] == segment[:, rows, None])
+            parts.append(attend(near[:, touched], mask, *per_query))
         return jnp.concatenate(parts, axis=1)
 
     inputs = (blocks_of(q), blocks_of(q_position), blocks_of(q_segment), before, own, before_segment, own_segment)

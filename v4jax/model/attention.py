@@ -16,7 +16,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.compressor import Compressor, Entries
 from v4jax.model.indexer import Indexer
 from v4jax.model.inputs import LayerInputs
-from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, rms_scale
+from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, dot, rms_scale
 from v4jax.model.rope import over_heads, rotate
 from v4jax.quant import simulate_kv
 
@@ -74,12 +74,10 @@ class Attention(nnx.Module):
     def _project_out(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Each group of heads through its own matrix, then all groups together."""
         groups, rank = self.config.o_groups, self.config.o_lora_rank
-        grouped = jnp.moveaxis(out.reshape(*out.shape[:2], groups, -1), 2, 0)
-        weight = self.wo_a.weight[...].astype(self.policy.compute).reshape(groups, rank, -1)
-        latent = jnp.einsum(
-            "gbsi,goi->gbso", grouped, weight, precision=self.policy.precision, preferred_element_type=jnp.float32
-        )
-        return self.wo_b(jnp.moveaxis(latent, 0, 2).reshape(*out.shape[:2], groups * rank).astype(self.policy.compute))
+        grouped = out.reshape(*out.shape[:2], groups, -1)
+        weight = self.wo_a.weight[...].reshape(groups, rank, -1)
+        latent = [dot(grouped[:, :, g], weight[g], self.policy) for g in range(groups)]
+        return self.wo_b(jnp.concatenate(latent, axis=-1))
 
     @property
     def _scale(self) -> float:

@@ -84,7 +84,8 @@ def _sums_forward(
         is_label = label[..., None] == jnp.arange(head.shape[0])
         d_logits = jnp.where(is_counted[..., None], jnp.exp(logits - normaliser[..., None]) - is_label, 0.0)
         d_x = _einsum("bsv,vd->bsd", d_logits, head).astype(hidden.dtype)
-        d_head = _einsum("bsv,bsd->vd", d_logits, jnp.where(is_counted[..., None], x, 0))
+        # The narrow operand comes first: XLA transposes that one in memory on CPU.
+        d_head = _einsum("bsd,bsv->dv", jnp.where(is_counted[..., None], x, 0), d_logits).T
         return (carry[0] + loss, carry[1] + correct, carry[2] + d_head), d_x
 
     start = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
