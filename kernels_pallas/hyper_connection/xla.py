@@ -1,7 +1,7 @@
 """`write` for differentiation off TPU: products per token instead of one elementwise expression.
 
-XLA would fuse that expression into every reader of the streams, so that each recomputes them, several layers deep;
-the results of products are kept. Only the two rules of the derivative are written that way: alone, the reference is fastest.
+XLA would fuse that expression into every reader of the streams, so that each recomputes them, several layers deep; the
+results of products are kept. Only the rules of the derivative are written that way: alone, the reference is fastest.
 """
 
 import jax

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,3 +75,15 @@ def test_bfloat16_streams_are_mixed_in_float32():
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(maps.comb, exact_maps.comb)
     np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
+
+
+def test_write_has_the_reference_value_and_gradient_when_differentiated():
+    rng, x = np.random.default_rng(3), streams(3)
+    out, post, comb = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3, 16), (4, 2, 3), (4, 4, 2, 3)))
+    weight = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+
+    def loss(implementation):
+        return lambda *args: (write(*args, implementation=implementation) * weight).sum()
+
+    results = [jax.value_and_grad(loss(name), (0, 1, 2))(out, x, Maps(post, comb)) for name in ("xla", "reference")]
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5), *results)
