@@ -85,28 +85,31 @@ def _gather_sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
 
 def _forward(
     x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups, block: int, limit: float, *, keep: bool
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The combined output [T, D] float32 and, if `keep`, gate and up [R, F] for the backward pass."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """The combined output [T, D] float32 and, if `keep`, gate and up [R, 2F] for the backward pass."""
 
     def one_expert(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = groups.expert[i]
-        w1, w3, w2 = (matrix[expert] for matrix in matrices)
+        into, w2 = _into(matrices, expert), matrices[2][expert]
 
         def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            x_block = x[_rows(groups.token, j, block)]
-            gate, up = dot(x_block, w1), dot(x_block, w3)
-            z = swiglu(gate, up, limit) * _rows(groups.share, j, block)[:, None]
-            results = (dot(z.astype(x.dtype), w2), gate, up)
+            both = dot(x[_rows(groups.token, j, block)], into)
+            z = swiglu(*jnp.split(both, 2, axis=1), limit) * _rows(groups.share, j, block)[:, None]
+            results = (dot(z.astype(x.dtype), w2), both)
             return tuple(_put(array, value, j) for array, value in zip(state, results, strict=False))
 
         return jax.lax.fori_loop(groups.first[expert], groups.last[expert], one_block, state)
 
     rows, hidden = groups.token.shape[0], matrices[0].shape[1]
-    widths = (x.shape[1], hidden, hidden) if keep else (x.shape[1],)
+    widths = (x.shape[1], 2 * hidden) if keep else (x.shape[1],)
     state = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
     out, *kept = jax.lax.fori_loop(0, groups.active, one_expert, state)
-    gate, up = kept or (None, None)
-    return _gather_sum(out, groups.slot), gate, up
+    return _gather_sum(out, groups.slot), kept[0] if keep else None
+
+
+def _into(matrices: tuple[jax.Array, ...], expert: jax.Array) -> jax.Array:
+    """w1 over w3 of one expert, [2F, D]: one larger product instead of two."""
+    return jnp.concatenate([matrices[0][expert], matrices[1][expert]])
 
 
 def _forward_few(x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups, block: int, limit: float) -> jax.Array:
@@ -144,13 +147,14 @@ def _experts_fwd(
 ) -> tuple[jax.Array, tuple]:
     block = _block_size(experts.size, matrices[0].shape[0])
     groups = _group(experts, weights, matrices[0].shape[0], block)
-    out, gate, up = _forward(x, matrices, groups, block, limit, keep=True)
-    return out, (x, matrices, experts, weights, groups, gate, up)
+    out, both = _forward(x, matrices, groups, block, limit, keep=True)
+    return out, (x, matrices, experts, weights, groups, both)
 
 
 def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
-    x, matrices, experts, weights, groups, gate, up = saved
+    x, matrices, experts, weights, groups, both = saved
     block, dtype = _block_size(experts.size, matrices[0].shape[0]), x.dtype
+    hidden_size = matrices[0].shape[1]
 
     def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
         """aᵀ · b, summed over rows."""
@@ -158,25 +162,25 @@ def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
 
     def one_expert(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = groups.expert[i]
-        w1, w3, w2 = (jnp.swapaxes(matrix[expert], 0, 1) for matrix in matrices)
+        into, w2 = _into(matrices, expert).T, matrices[2][expert].T
 
         # A padding row repeats a real token, but its share of 0 keeps it out of every sum.
         def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            d_x, d_share, *d_block_matrices = state
+            d_x, d_share, d_into, d_w2 = state
             token, share = _rows(groups.token, j, block), _rows(groups.share, j, block)[:, None]
             x_block, d_block = x[token], d_out[token].astype(dtype)
-            hidden, pull = jax.vjp(lambda g, u: swiglu(g, u, limit), _rows(gate, j, block), _rows(up, j, block))
+            hidden, pull = jax.vjp(lambda both: swiglu(*jnp.split(both, 2, axis=1), limit), _rows(both, j, block))
             d_z = dot(d_block, w2)
-            d_gate, d_up = (d.astype(dtype) for d in pull(d_z * share))
+            d_both = pull(d_z * share)[0].astype(dtype)
             d_share = _put(d_share, jnp.sum(d_z * hidden, axis=-1), j)
-            d_x = _put(d_x, dot(d_gate, w1) + dot(d_up, w3), j)
-            added = (over_rows(d_gate, x_block), over_rows(d_up, x_block), over_rows(d_block, hidden * share))
-            return d_x, d_share, *(d + more for d, more in zip(d_block_matrices, added, strict=True))
+            d_x = _put(d_x, dot(d_both, into), j)
+            return d_x, d_share, d_into + over_rows(d_both, x_block), d_w2 + over_rows(d_block, hidden * share)
 
         d_x, d_share, *d_matrices = state
-        zeros = tuple(jnp.zeros(matrix.shape[1:], jnp.float32) for matrix in matrices)
+        zeros = jnp.zeros(into.shape[::-1], jnp.float32), jnp.zeros(w2.shape[::-1], jnp.float32)
         bounds = groups.first[expert], groups.last[expert]
-        d_x, d_share, *own = jax.lax.fori_loop(*bounds, one_block, (d_x, d_share, *zeros))
+        d_x, d_share, d_into, d_w2 = jax.lax.fori_loop(*bounds, one_block, (d_x, d_share, *zeros))
+        own = (d_into[:hidden_size], d_into[hidden_size:], d_w2)
         return (
             d_x,
             d_share,
