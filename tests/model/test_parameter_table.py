@@ -1,6 +1,6 @@
 """The parameters and the layer plan of the released models, printed: a change of either shows as a diff.
 
-    python tests/model/test_parameter_table.py     writes the files anew
+python tests/model/test_parameter_table.py     writes the files anew
 """
 
 import sys

@@ -31,6 +31,7 @@ from v4jax.checkpoint.writer import save_model
 from v4jax.config import ModelConfig
 from v4jax.dtypes import DTypePolicy
 from v4jax.errors import UserError
+from v4jax.host_memory import keep_freed_memory
 from v4jax.loading import build
 from v4jax.model.transformer import Transformer
 from v4jax.train.data import Batch, evaluation_batches, training_batches
@@ -118,6 +119,7 @@ def run(options: Options) -> None:
     """The verb."""
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainOptions)}
     settings = resolve(options.recipe, **given)
+    keep_freed_memory()
     print(finetune(options.path, options.data, options.out, settings))
 
 
