@@ -26,7 +26,7 @@ unless_there() {
 }
 
 sample() {
-  v4jax generate "$1" --prompt $'import os\n\n\ndef ' --max-new-tokens 96 --temperature 0.8 --seed 1
+  v4jax generate "$1" --prompt $'import os\n\n\ndef ' --max-new-tokens 96 --temperature 0.6 --seed 1
 }
 
 say "Environment (.venv)"

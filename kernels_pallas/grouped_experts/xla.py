@@ -94,7 +94,7 @@ def _forward(
 
         def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             both = dot(x[_rows(groups.token, j, block)], into)
-            z = swiglu(*jnp.split(both, 2, axis=1), limit) * _rows(groups.share, j, block)[:, None]
+            z = _swiglu(both, limit) * _rows(groups.share, j, block)[:, None]
             results = (dot(z.astype(x.dtype), w2), both)
             return tuple(_put(array, value, j) for array, value in zip(state, results, strict=False))
 
@@ -110,6 +110,11 @@ def _forward(
 def _into(matrices: tuple[jax.Array, ...], expert: jax.Array) -> jax.Array:
     """w1 over w3 of one expert, [2F, D]: one larger product instead of two."""
     return jnp.concatenate([matrices[0][expert], matrices[1][expert]])
+
+
+def _swiglu(both: jax.Array, limit: float) -> jax.Array:
+    gate, up = jnp.split(both, 2, axis=1)
+    return swiglu(gate, up, limit)
 
 
 def _forward_few(x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups, block: int, limit: float) -> jax.Array:
@@ -169,7 +174,7 @@ def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
             d_x, d_share, d_into, d_w2 = state
             token, share = _rows(groups.token, j, block), _rows(groups.share, j, block)[:, None]
             x_block, d_block = x[token], d_out[token].astype(dtype)
-            hidden, pull = jax.vjp(lambda both: swiglu(*jnp.split(both, 2, axis=1), limit), _rows(both, j, block))
+            hidden, pull = jax.vjp(lambda both: _swiglu(both, limit), _rows(both, j, block))
             d_z = dot(d_block, w2)
             d_both = pull(d_z * share)[0].astype(dtype)
             d_share = _put(d_share, jnp.sum(d_z * hidden, axis=-1), j)

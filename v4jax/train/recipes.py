@@ -133,7 +133,7 @@ def quickstart() -> TrainOptions:
     `v4jax finetune TINY --data stdlib --out runs/quickstart --recipe quickstart`.
     """
     return TrainOptions(
-        steps=800,
+        steps=1000,
         batch_size=2,
         sequence_length=256,
         learning_rate=6e-3,
