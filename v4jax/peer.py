@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from v4jax.checkpoint.names import Spelling, section_parameters, sections, stored_tensors
@@ -44,7 +43,7 @@ class Transformers:
         tokens = Workload("prefill", 1, 256).draw(self.config.vocab_size)
         with self._torch.inference_mode():
             theirs = self.module(self._torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
-        return float(np.abs(np.asarray(jax.jit(lambda model: model(tokens))(model)) - theirs).max())
+        return float(np.abs(np.asarray(model(tokens)) - theirs).max())
 
     def prefill(self, work: Workload) -> Run:
         """A forward pass into a new cache, logits of the last position."""
@@ -74,15 +73,21 @@ class Transformers:
     def train(self, work: Workload) -> Run:
         """Transformers' own loss, and torch's fused AdamW, its Trainer's default."""
         tokens = self._tokens(work)
+        own = self.training
         adamw = self._torch.optim.AdamW(
-            self.module.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            self.module.parameters(),
+            lr=own.learning_rate,
+            betas=(own.beta1, own.beta2),
+            eps=own.epsilon,
+            weight_decay=own.weight_decay,
+            fused=True,
         )
         self.module.train()
 
         def train() -> None:
             adamw.zero_grad(set_to_none=True)
             self.module(tokens, labels=tokens, use_cache=False).loss.backward()
-            self._torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.training.clip)
+            self._torch.nn.utils.clip_grad_norm_(self.module.parameters(), own.clip)
             adamw.step()
 
         return train
@@ -109,4 +114,4 @@ def _copy_weights(
                 if stored.slab is not None:
                     target, value = target[stored.slab], value[index]
                 target = target if stored.rows is None else target[stored.rows]
-                target.copy_(as_tensor(np.ascontiguousarray(value)))
+                target.copy_(as_tensor(np.array(value)))  # a copy: torch wants to be able to write
