@@ -41,13 +41,14 @@ ALLOWED = {
     "v4jax.loading": STORED,
     "v4jax.logits": STORED,
     "v4jax.train": STORED | {"v4jax.train", "v4jax.host_memory"},
-    "v4jax.serve": STORED | {"v4jax.serve"},
+    "v4jax.serve": STORED | {"v4jax.serve", "v4jax.host_memory"},
     "v4jax.info": USES | KERNELS,
     "v4jax.plan": USES | KERNELS,
     "v4jax.host_memory": set(),
     "v4jax.cost": STORED,
     "v4jax.peer": USES | {"v4jax.cost"},
-    "v4jax.bench": USES | KERNELS | {"v4jax.cost", "v4jax.peer"},
+    "v4jax.bench_sides": USES | {"v4jax.cost", "v4jax.peer"},
+    "v4jax.bench": USES | KERNELS | {"v4jax.cost", "v4jax.bench_sides"},
     "v4jax.cli": {"v4jax", "kernels_pallas"},
 }
 KERNEL_DEPENDENCIES = {"jax", "numpy", "jaxtyping", "ml_dtypes"}

@@ -1,11 +1,12 @@
 """`v4jax bench`: what this machine can do, what share of it a model reaches, and what a peer reaches, all in one run.
 
 Every figure is the median of repetitions in which we, the peer and the limits take turns, so that a busy moment of the
-machine hits them alike. Both sides run the same float32 weights through the calls that their users make.
+machine hits them alike. Both sides run the same float32 weights through the calls that their users make, each in a
+process of its own (`bench_sides`).
 """
 
+import contextlib
 import dataclasses
-import gc
 import importlib.metadata
 import json
 import os
@@ -13,25 +14,17 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from v4jax.compilation import jit
+from v4jax.bench_sides import Setup, SideProcess
 from v4jax.config import ModelConfig
-from v4jax.cost import Run, Workload, decode_bytes, workload_flops
-from v4jax.dtypes import DTypePolicy
+from v4jax.cost import Workload, decode_bytes, workload_flops
 from v4jax.errors import UserError
-from v4jax.model.transformer import Transformer
-from v4jax.peer import Transformers
-from v4jax.serve.decoder import Decoder
-from v4jax.serve.generate import generate
-from v4jax.serve.sampling import Sampling
-from v4jax.train.recipes import TrainOptions
-from v4jax.train.step import make_train_step, take_apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +50,6 @@ WORKLOADS = (
 )
 
 
-class Side(Protocol):
-    """An implementation under measurement: makes a workload ready and returns the part that is timed."""
-
-    def prefill(self, work: Workload) -> Run:
-        """Fills a new cache with a prompt and picks the next token."""
-        ...
-
-    def decode(self, work: Workload) -> Run:
-        """Adds greedy tokens to a cache that holds the context."""
-        ...
-
-    def train(self, work: Workload) -> Run:
-        """Forward, backward and AdamW on one batch."""
-        ...
-
-
 def run(options: Options) -> None:
     """The verb."""
     if options.repetitions < 1:
@@ -86,7 +63,11 @@ def run(options: Options) -> None:
 
 
 def bench_model(
-    config: ModelConfig, workloads: tuple[Workload, ...], *, against: str | None = None, repetitions: int = 3
+    config: ModelConfig,
+    workloads: tuple[Workload, ...],
+    *,
+    against: Literal["transformers"] | None = None,
+    repetitions: int = 3,
 ) -> dict[str, Any]:
     """Measures `workloads` on a model with random weights.
 
@@ -97,34 +78,31 @@ def bench_model(
     Raises:
         UserError: the peer is not installed.
     """
-    model = Transformer.random(config, DTypePolicy.named("float32"), stacked=jax.default_backend() == "tpu")
-    sides: dict[str, Side] = {}
-    difference = None
-    if against is not None:
-        sides["peer"] = peer = Transformers(config, model, _TRAINING, THREADS)
-        difference = peer.logit_difference(model)
-    sides["ours"] = ours = _Ours(config, model, calls=repetitions + 1)
     limits, rows = _Limits(), []
-    for work in workloads:
-        experts = ours.distinct_experts(work) if work.kind == "decode" else 0.0
-        seconds = _take_turns(
-            {name: getattr(side, work.kind)(work) for name, side in sides.items()}, limits, repetitions
-        )
-        if work.kind == "decode":
-            needed = work.steps * decode_bytes(config, experts) / limits.read_bytes_per_second
-        else:
-            needed = workload_flops(config, work) / limits.gemm_flops
-        peer_seconds = seconds.get("peer")
-        rows.append(
-            {
-                "what": work.name,
-                "ours": work.tokens / seconds["ours"],
-                "peer": peer_seconds and work.tokens / peer_seconds,
-                "ratio": peer_seconds and peer_seconds / seconds["ours"],
-                "share_of_limit": needed / seconds["ours"],
-            }
-        )
-        gc.collect()
+    with contextlib.ExitStack() as stack:
+        names = ("ours",) if against is None else ("ours", against)
+        sides = {
+            name: stack.enter_context(SideProcess(Setup(name, config, THREADS, calls=repetitions + 1)))
+            for name in names
+        }
+        for work in workloads:
+            experts = sides["ours"].distinct_experts(work) if work.kind == "decode" else 0.0
+            seconds = _take_turns(sides, work, limits, repetitions)
+            if work.kind == "decode":
+                needed = work.steps * decode_bytes(config, experts) / limits.read_bytes_per_second
+            else:
+                needed = workload_flops(config, work) / limits.gemm_flops
+            peer_seconds = None if against is None else seconds[against]
+            rows.append(
+                {
+                    "what": work.name,
+                    "ours": work.tokens / seconds["ours"],
+                    "peer": peer_seconds and work.tokens / peer_seconds,
+                    "ratio": peer_seconds and peer_seconds / seconds["ours"],
+                    "share_of_limit": needed / seconds["ours"],
+                }
+            )
+        difference = None if against is None else sides[against].logit_difference
     return {
         "limits": {"gemm_flops": limits.gemm_flops, "read_bytes_per_second": limits.read_bytes_per_second},
         "rows": rows,
@@ -135,76 +113,19 @@ def bench_model(
     }
 
 
-def _take_turns(runs: dict[str, Run], limits: "_Limits", repetitions: int) -> dict[str, float]:
-    """Median seconds of each, after one untimed call."""
-    for function in runs.values():
-        function()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def _take_turns(sides: dict[str, SideProcess], work: Workload, limits: "_Limits", repetitions: int) -> dict[str, float]:
+    """Median seconds of each side, after one untimed call."""
+    for side in sides.values():
+        side.prepare(work)
+        side.run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions):
         limits.measure()
-        for name, function in runs.items():
+        for name, side in sides.items():
             start = time.perf_counter()
-            function()
+            side.run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-# ---- our side --------------------------------------------------------------------------------------------------------
-_GREEDY = Sampling(temperature=0.0)
-_TRAINING = TrainOptions(learning_rate=1e-4, final_learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
-
-
-class _Ours:
-    """The functions behind `v4jax generate` and `v4jax finetune`."""
-
-    def __init__(self, config: ModelConfig, model: Transformer, calls: int):
-        self.config = config
-        self.calls = calls
-        self._model: Transformer | None = model
-        self._decoder = Decoder(model)
-
-    def prefill(self, work: Workload) -> Run:
-        """Starts generation: fills a new cache with a prompt and picks the next token."""
-        prompts = work.draw(self.config.vocab_size).tolist()
-
-        def prefill() -> None:
-            next(generate(self._decoder, prompts, max_new_tokens=1, sampling=_GREEDY, stop=()))
-
-        return prefill
-
-    def decode(self, work: Workload) -> Run:
-        """Goes on with a generation whose prompt is the context."""
-        prompts = work.draw(self.config.vocab_size).tolist()
-        stream = generate(self._decoder, prompts, max_new_tokens=1 + self.calls * work.steps, sampling=_GREEDY, stop=())
-        next(stream)
-
-        def decode() -> None:
-            for _ in range(work.steps):
-                next(stream)
-
-        return decode
-
-    def train(self, work: Workload) -> Run:
-        """Takes training steps on one batch. Training owns its model's arrays, so this comes last."""
-        assert self._model is not None
-        layout, state, frozen = take_apart(self._model, _TRAINING)
-        self._model = None
-        step = make_train_step(layout, self.config, _TRAINING)
-        tokens = jnp.asarray(work.draw(self.config.vocab_size))
-        batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
-
-        def train() -> None:
-            nonlocal state
-            state, metrics = step(state, frozen, batch)
-            metrics.loss.block_until_ready()
-
-        return train
-
-    def distinct_experts(self, work: Workload) -> float:
-        """Routed experts that one decoding step reads, per layer: what the last tokens of a batch of prompts picked."""
-        tokens = dataclasses.replace(work, length=min(work.length, 128)).draw(self.config.vocab_size)
-        choices = jit(lambda model, tokens: model.hidden(tokens, record=True).choices)(self._decoder.model, tokens)
-        return statistics.mean(len(np.unique(layer.experts[:, -1])) for layer in choices)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------

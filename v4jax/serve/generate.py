@@ -11,6 +11,7 @@ import tyro
 
 from v4jax import ops
 from v4jax.errors import UsageError, UserError
+from v4jax.host_memory import keep_freed_memory
 from v4jax.loading import DType, QuantSim, load
 from v4jax.model.transformer import Transformer
 from v4jax.serve.decoder import Decoder, first_sample
@@ -98,6 +99,7 @@ def run(options: Options) -> None:
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     tokenizer = Tokenizer.from_directory(options.path)
     prompt = _encode(tokenizer, options)
+    keep_freed_memory()
     with ops.implementations(options.implementation):
         model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim)
         text = tokenizer.stream(skip_special_tokens=True)
