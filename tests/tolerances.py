@@ -40,6 +40,14 @@ GRADIENT_REORDERING = 1e-5
 # A parameter whose gradient is a near-complete cancellation (a sink, a bias) has an error of the size of its terms.
 GRADIENT_FLOOR = 1e-7
 
+# ---- kernels --------------------------------------------------------------------------------------------------------
+# Interpreted float32 kernels against their reference: the same sums in another order, values of size 1.
+KERNEL_FLOAT32 = 2e-5
+# Error against float32 as a multiple of the bf16 reference's, the oracle rule: the largest of thousands of roundings.
+KERNEL_BFLOAT16_RATIO = 1.5
+# Logits of a whole float32 model through interpreted kernels.
+KERNEL_MODEL = 5e-4
+
 # ---- training -------------------------------------------------------------------------------------------------------
 # A mean over thousands of token losses averages the logits' rounding away.
 LOSS_RELATIVE = 1e-6
@@ -50,10 +58,21 @@ TRAJECTORY_RELATIVE = 1e-4
 # A router or top-k choice may differ between two float32 computations only where the scores nearly tie.
 FLIP_SCORE_GAP = 1e-5
 
+# Index scores of bfloat16 queries are rounded to bfloat16 before the choice: two that differ by one spacing, 2^-7 of
+# the value at most, may become equal or swap; the sum itself is float32.
+INDEX_SCORE_BFLOAT16 = 2.0**-7
+
 # ---- low precision --------------------------------------------------------------------------------------------------
 # Error against float32 as a multiple of the other implementation's: the float32 islands should make ours the smaller
 # one, and the median over seeds still scatters by some percent.
 BFLOAT16_ERROR_RATIO = 1.1
+
+# ---- attention kernels against their reference: ‖Δ‖₂ ≤ bound · ‖wanted‖₂ ---------------------------------------------
+# The same float32 sums in another order, and exp2 of a product where the reference has exp; seen: 3e-7.
+ATTENTION_FLOAT32 = 2e-6
+# Error against float32 as a multiple of the reference's in bfloat16. Both round weights and output; the kernel's
+# backward pass also rounds d(scores) to bfloat16 between two products, as any matrix unit asks for.
+ATTENTION_BFLOAT16_RATIO = 1.5
 
 
 def assert_logits_close(got: Any, want: Any, bound: LogitBound = REORDERING) -> None:

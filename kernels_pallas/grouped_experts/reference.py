@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.grouped_experts.stacks import ExpertStack
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -32,21 +34,22 @@ def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def grouped_experts(
     x: Float[Array, "T D"],
-    w1: Float[Array, "E F D"],
-    w3: Float[Array, "E F D"],
-    w2: Float[Array, "E D F"],
+    w1: ExpertStack,
+    w3: ExpertStack,
+    w2: ExpertStack,
     experts: Int[Array, "T K"],
     weights: Float[Array, "T K"],
     *,
     limit: float,
+    expected_picks: float | None = None,
 ) -> Float[Array, "T D"]:
     """See `api.grouped_experts`."""
 
-    def one_expert(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        expert, gate_weight, up_weight, down_weight = inputs
+    def one_expert(total: jax.Array, expert: jax.Array) -> tuple[jax.Array, None]:
+        gate_weight, up_weight, down_weight = (stack.one(expert, x.dtype) for stack in (w1, w3, w2))
         share = jnp.sum(jnp.where(experts == expert, weights, 0.0), axis=-1, keepdims=True)
         hidden = swiglu(dot(x, gate_weight), dot(x, up_weight), limit) * share
         return total + dot(hidden.astype(x.dtype), down_weight), None
 
     start = jnp.zeros(x.shape, jnp.float32)
-    return jax.lax.scan(one_expert, start, (jnp.arange(w1.shape[0]), w1, w3, w2))[0]
+    return jax.lax.scan(one_expert, start, jnp.arange(w1.shape[0]))[0]

@@ -3,24 +3,37 @@ matrices once for an inner loop over its blocks of rows.
 
 No array of [tokens, experts] or [experts, capacity] exists, no token is dropped, and the work is that of the chosen
 experts rounded up to a block each. Plain dots in a loop, because `lax.ragged_dot` is many times slower than a dense
-product off TPU.
+product off TPU. Quantised matrices are dequantised one expert at a time.
+
+Which form runs: up to 8 picks, one by one; small blocks of a stack that is addressed by layer (decoding on TPU), one
+loop over tiles of 8 rows (`tiles`); other small blocks, weights first; else rows first. Only plain arrays have a
+gradient.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.grouped_experts import tiles
 from kernels_pallas.grouped_experts.reference import dot, swiglu
+from kernels_pallas.grouped_experts.stacks import ExpertStack
+from kernels_pallas.loops import data_loop
 
 _MAX_BLOCK, _MIN_BLOCK = 128, 4
 _WEIGHTS_FIRST = 16
 """Blocks up to this many rows are multiplied as weights · rowsᵀ: XLA packs the second operand, here the smaller one."""
 _UNROLLED_PICKS = 8
 """Up to this many (token, expert) pairs run one by one: no sort, no padding, and independent dots run in parallel."""
+
+
+Stacks = tuple[ExpertStack, ExpertStack, ExpertStack]
+"""w1, w3, w2."""
 
 
 class _Groups(NamedTuple):
@@ -39,6 +52,32 @@ class _Groups(NamedTuple):
     first: jax.Array
     """[E]: first block of each expert; its blocks end where `last` says."""
     last: jax.Array
+
+
+class _Expected(NamedTuple):
+    """Lengths of the loops under an even load."""
+
+    experts: float
+    """With work."""
+    blocks: float
+    """Per expert with work."""
+
+    @property
+    def tiles(self) -> float:
+        """In all."""
+        return self.experts * self.blocks
+
+
+def _expected(picks: float, experts: int, block: int) -> _Expected:
+    """Of `picks` that fall on `experts` at random: empty ones by the Poisson law, and half a block of padding each."""
+    mean = picks / experts
+    active = experts * -math.expm1(-mean)
+    per_expert = mean * experts / max(active, 1e-9)
+    return _Expected(active, max(1.0, per_expert / block + 0.5))
+
+
+def _stacks(matrices: tuple[jax.Array, ...]) -> Stacks:
+    return tuple(ExpertStack(matrix) for matrix in matrices)  # pyright: ignore
 
 
 def _block_size(picks: int, experts: int) -> int:
@@ -63,6 +102,8 @@ def _group(experts: jax.Array, weights: jax.Array, count: int, block: int) -> _G
     pick = order[jnp.clip(jnp.repeat(first_pick[owner], block) + rank, 0, picks - 1)]
     sorted_expert = flat[order]
     row = first[sorted_expert] * block + jnp.arange(picks) - first_pick[sorted_expert]
+    # A pick of no expert reads the last row: with such a pick that row is never filled, so it holds zeros.
+    row = jnp.where(sorted_expert < count, row, limit * block - 1)
     slot = jnp.zeros(picks, row.dtype).at[order].set(row, unique_indices=True).reshape(tokens, choices)
     share = jnp.where(is_pick, weights.reshape(-1)[pick], 0.0)
     return _Groups(
@@ -84,13 +125,13 @@ def _gather_sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def _forward(
-    x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups, block: int, limit: float, *, keep: bool
+    x: jax.Array, matrices: Stacks, groups: _Groups, block: int, limit: float, expected: _Expected, *, keep: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """The combined output [T, D] float32 and, if `keep`, gate and up [R, 2F] for the backward pass."""
 
     def one_expert(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = groups.expert[i]
-        into, w2 = _into(matrices, expert), matrices[2][expert]
+        into, w2 = _into(matrices, expert, x.dtype), matrices[2].one(expert, x.dtype)
 
         def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             both = dot(x[_rows(groups.token, j, block)], into)
@@ -98,18 +139,19 @@ def _forward(
             results = (dot(z.astype(x.dtype), w2), both)
             return tuple(_put(array, value, j) for array, value in zip(state, results, strict=False))
 
-        return jax.lax.fori_loop(groups.first[expert], groups.last[expert], one_block, state)
+        first, last = groups.first[expert], groups.last[expert]
+        return data_loop(first, last, one_block, state, expected=expected.blocks)
 
     rows, hidden = groups.token.shape[0], matrices[0].shape[1]
     widths = (x.shape[1], 2 * hidden) if keep else (x.shape[1],)
     state = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
-    out, *kept = jax.lax.fori_loop(0, groups.active, one_expert, state)
+    out, *kept = data_loop(0, groups.active, one_expert, state, expected=expected.experts)
     return _gather_sum(out, groups.slot), kept[0] if keep else None
 
 
-def _into(matrices: tuple[jax.Array, ...], expert: jax.Array) -> jax.Array:
+def _into(matrices: Stacks, expert: jax.Array, dtype: DTypeLike) -> jax.Array:
     """w1 over w3 of one expert, [2F, D]: one larger product instead of two."""
-    return jnp.concatenate([matrices[0][expert], matrices[1][expert]])
+    return jnp.concatenate([matrices[0].one(expert, dtype), matrices[1].one(expert, dtype)])
 
 
 def _swiglu(both: jax.Array, limit: float) -> jax.Array:
@@ -117,12 +159,14 @@ def _swiglu(both: jax.Array, limit: float) -> jax.Array:
     return swiglu(gate, up, limit)
 
 
-def _forward_few(x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups, block: int, limit: float) -> jax.Array:
+def _forward_few(
+    x: jax.Array, matrices: Stacks, groups: _Groups, block: int, limit: float, expected: _Expected
+) -> jax.Array:
     """`_forward` for small blocks: products are weights · rowsᵀ, and rows are columns until the end."""
 
     def one_expert(i: jax.Array, out: jax.Array) -> jax.Array:
         expert = groups.expert[i]
-        w1, w3, w2 = (matrix[expert] for matrix in matrices)
+        w1, w3, w2 = (matrix.one(expert, x.dtype) for matrix in matrices)
 
         def one_block(j: jax.Array, out: jax.Array) -> jax.Array:
             x_block = x[_rows(groups.token, j, block)]
@@ -130,35 +174,51 @@ def _forward_few(x: jax.Array, matrices: tuple[jax.Array, ...], groups: _Groups,
             columns = dot(w2, z.astype(x.dtype).T)
             return jax.lax.dynamic_update_slice_in_dim(out, columns, j * block, 1)
 
-        return jax.lax.fori_loop(groups.first[expert], groups.last[expert], one_block, out)
+        return data_loop(groups.first[expert], groups.last[expert], one_block, out, expected=expected.blocks)
 
     out = jnp.zeros((x.shape[1], groups.token.shape[0]), jnp.float32)
-    return _gather_sum(jax.lax.fori_loop(0, groups.active, one_expert, out).T, groups.slot)
+    return _gather_sum(data_loop(0, groups.active, one_expert, out, expected=expected.experts).T, groups.slot)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(
-    x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float
+def _inference(
+    x: jax.Array, matrices: Stacks, experts: jax.Array, weights: jax.Array, limit: float, picks: float
 ) -> jax.Array:
-    block = _block_size(experts.size, matrices[0].shape[0])
-    groups = _group(experts, weights, matrices[0].shape[0], block)
+    """Without a gradient, for stacks of any kind."""
+    count = matrices[0].shape[0]
+    block = _block_size(int(picks), count)
+    if matrices[0].layer is not None and block <= tiles.ROWS:
+        block = tiles.ROWS
+    groups, expected = _group(experts, weights, count, block), _expected(picks, count, block)
+    if matrices[0].layer is not None and block == tiles.ROWS:
+        rows = tiles.forward(x, matrices, groups.token, groups.share, groups.last, limit, expected.tiles)
+        return _gather_sum(rows, groups.slot)
     if block <= _WEIGHTS_FIRST:
-        return _forward_few(x, matrices, groups, block, limit)
-    return _forward(x, matrices, groups, block, limit, keep=False)[0]
+        return _forward_few(x, matrices, groups, block, limit, expected)
+    return _forward(x, matrices, groups, block, limit, expected, keep=False)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _experts(
+    x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float, picks: float
+) -> jax.Array:
+    return _inference(x, _stacks(matrices), experts, weights, limit, picks)
 
 
 def _experts_fwd(
-    x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float
+    x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float, picks: float
 ) -> tuple[jax.Array, tuple]:
-    block = _block_size(experts.size, matrices[0].shape[0])
-    groups = _group(experts, weights, matrices[0].shape[0], block)
-    out, both = _forward(x, matrices, groups, block, limit, keep=True)
+    count = matrices[0].shape[0]
+    block = _block_size(int(picks), count)
+    groups = _group(experts, weights, count, block)
+    out, both = _forward(x, _stacks(matrices), groups, block, limit, _expected(picks, count, block), keep=True)
     return out, (x, matrices, experts, weights, groups, both)
 
 
-def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
+def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> tuple:
     x, matrices, experts, weights, groups, both = saved
-    block, dtype = _block_size(experts.size, matrices[0].shape[0]), x.dtype
+    count, dtype = matrices[0].shape[0], x.dtype
+    block = _block_size(int(picks), count)
+    expected = _expected(picks, count, block)
     hidden_size = matrices[0].shape[1]
 
     def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -167,7 +227,7 @@ def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
 
     def one_expert(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = groups.expert[i]
-        into, w2 = _into(matrices, expert).T, matrices[2][expert].T
+        into, w2 = _into(_stacks(matrices), expert, dtype).T, matrices[2][expert].T
 
         # A padding row repeats a real token, but its share of 0 keeps it out of every sum.
         def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -183,8 +243,9 @@ def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
 
         d_x, d_share, *d_matrices = state
         zeros = jnp.zeros(into.shape[::-1], jnp.float32), jnp.zeros(w2.shape[::-1], jnp.float32)
+        state = (d_x, d_share, *zeros)
         bounds = groups.first[expert], groups.last[expert]
-        d_x, d_share, d_into, d_w2 = jax.lax.fori_loop(*bounds, one_block, (d_x, d_share, *zeros))
+        d_x, d_share, d_into, d_w2 = data_loop(*bounds, one_block, state, expected=expected.blocks)
         own = (d_into[:hidden_size], d_into[hidden_size:], d_w2)
         return (
             d_x,
@@ -195,10 +256,11 @@ def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
     rows = groups.token.shape[0]
     state = (jnp.zeros((rows, x.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32))
     state = (*state, *(jnp.zeros_like(matrix) for matrix in matrices))
-    d_x, d_share, *d_matrices = jax.lax.fori_loop(0, groups.active, one_expert, state)
+    d_x, d_share, *d_matrices = data_loop(0, groups.active, one_expert, state, expected=expected.experts)
     no_gradient = np.zeros(experts.shape, jax.dtypes.float0)
     d_x = _gather_sum(d_x, groups.slot).astype(dtype)
-    return d_x, tuple(d_matrices), no_gradient, d_share[groups.slot].astype(weights.dtype)
+    d_weights = jnp.where(experts < matrices[0].shape[0], d_share[groups.slot], 0.0)
+    return d_x, tuple(d_matrices), no_gradient, d_weights.astype(weights.dtype)
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -206,25 +268,31 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 
 def grouped_experts(
     x: Float[Array, "T D"],
-    w1: Float[Array, "E F D"],
-    w3: Float[Array, "E F D"],
-    w2: Float[Array, "E D F"],
+    w1: ExpertStack,
+    w3: ExpertStack,
+    w2: ExpertStack,
     experts: Int[Array, "T K"],
     weights: Float[Array, "T K"],
     *,
     limit: float,
+    expected_picks: float | None = None,
 ) -> Float[Array, "T D"]:
     """See `api.grouped_experts`."""
     tokens, choices = experts.shape
+    stacks = (w1, w3, w2)
     if tokens * choices > _UNROLLED_PICKS:
-        return _experts(x, (w1, w3, w2), experts, weights, limit)
+        picks = float(tokens * choices) if expected_picks is None else expected_picks
+        if any(stack.layer is not None or stack.scale is not None for stack in stacks):
+            return _inference(x, stacks, experts, weights, limit, picks)
+        return _experts(x, (w1.values, w3.values, w2.values), experts, weights, limit, picks)
     out = []
     for t in range(tokens):
         row = x[t : t + 1]
         total = jnp.zeros((1, x.shape[1]), jnp.float32)
         for k in range(choices):
-            expert = experts[t, k]
-            z = swiglu(dot(row, w1[expert]), dot(row, w3[expert]), limit) * weights[t, k]
-            total = total + dot(z.astype(x.dtype), w2[expert])
+            gate, up, down = (stack.one(experts[t, k], x.dtype) for stack in stacks)
+            weight = jnp.where(experts[t, k] < w1.shape[0], weights[t, k], 0.0)
+            z = swiglu(dot(row, gate), dot(row, up), limit) * weight
+            total = total + dot(z.astype(x.dtype), down)
         out.append(total)
     return jnp.concatenate(out)

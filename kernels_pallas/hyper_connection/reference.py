@@ -4,6 +4,7 @@ Maps of the streams keep their 4 or 4×4 entries in LEADING axes and tokens behi
 Sinkhorn rounds is one elementwise operation over whole rows of tokens.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -94,3 +95,72 @@ def head(
 def _weighted_sum(weights: jax.Array, streams: jax.Array) -> jax.Array:
     total = sum(weights[i][..., None] * streams[:, :, i].astype(jnp.float32) for i in range(streams.shape[2]))
     return jnp.asarray(total).astype(streams.dtype)
+
+
+# ---- whole seams: streams flattened to [B, S, C · D], maps to [M, B, S] in the order of fn's rows --------------------
+def unpack_maps(maps: Float[Array, "M B S"], count: int) -> Maps:
+    """The writing rows: post, then comb row-major. The reading rows before them are only there to keep fn's order."""
+    return Maps(maps[count : 2 * count], maps[2 * count :].reshape(count, count, *maps.shape[1:]))
+
+
+def rms_norm(x: Float[Array, "B S D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "B S D"]:
+    """RMS-normalised x times gain, in float32 with one cast at the end."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale * gain).astype(x.dtype)
+
+
+def flat_write(
+    out: jax.Array | None,
+    streams: Float[Array, "B S CD"],
+    maps: jax.Array | None,
+    mix: Callable[..., jax.Array] = write,
+) -> Float[Array, "B S CD"]:
+    """`write` (or `mix` in its place) on flattened streams; the streams themselves where there is nothing to write."""
+    if out is None or maps is None:
+        return streams
+    count = streams.shape[-1] // out.shape[-1]
+    apart = streams.reshape(*streams.shape[:2], count, -1)
+    return mix(out, apart, unpack_maps(maps, count)).reshape(streams.shape)
+
+
+def seam(
+    out: Float[Array, "B S D"] | None,
+    streams: Float[Array, "B S CD"],
+    maps: Float[Array, "M B S"] | None,
+    fn: Float[Array, "M CD"],
+    base: Float[Array, " M"],
+    scale: Float[Array, " 3"],
+    gain: Float[Array, " D"],
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    mix: Callable[..., jax.Array] = write,
+) -> tuple[Float[Array, "B S D"], Float[Array, "B S CD"], Float[Array, "M B S"]]:
+    """See `api.seam`."""
+    streams = flat_write(out, streams, maps, mix)
+    apart = streams.reshape(*streams.shape[:2], -1, gain.shape[0])
+    x, new = read(apart, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    packed = jnp.concatenate([jnp.zeros_like(new.post), new.post, new.comb.reshape(-1, *new.post.shape[1:])])
+    return rms_norm(x, gain, norm_eps), streams, packed
+
+
+def leave(
+    out: Float[Array, "B S D"] | None,
+    streams: Float[Array, "B S CD"],
+    maps: Float[Array, "M B S"] | None,
+    fn: Float[Array, "C CD"],
+    base: Float[Array, " C"],
+    scale: Float[Array, " 1"],
+    gain: Float[Array, " D"],
+    *,
+    eps: float,
+    norm_eps: float,
+    mix: Callable[..., jax.Array] = write,
+) -> tuple[Float[Array, "B S D"], Float[Array, "B S CD"]]:
+    """See `api.leave`."""
+    streams = flat_write(out, streams, maps, mix)
+    apart = streams.reshape(*streams.shape[:2], base.shape[0], -1)
+    x = head(apart, fn, base, scale, eps=eps, norm_eps=norm_eps)
+    return rms_norm(x, gain, norm_eps), streams

@@ -4,6 +4,8 @@ XLA would fuse that expression into every reader of the streams, so that each re
 results of products are kept. Only the rules of the derivative are written that way: alone, the reference is fastest.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -40,3 +42,8 @@ def _backward(saved: tuple, d_new: jax.Array) -> tuple[jax.Array, jax.Array, Map
 
 
 write.defvjp(_forward, _backward)
+
+
+seam = functools.partial(reference.seam, mix=write)
+leave = functools.partial(reference.leave, mix=write)
+flat_write = functools.partial(reference.flat_write, mix=write)

@@ -1,8 +1,10 @@
 """Index scores and top-k by blocks of queries: no [S, P] array, memory linear in the sequence."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas.index_topk import reference
 from kernels_pallas.tpu import cdiv
@@ -14,14 +16,16 @@ _SCORE_ELEMENTS = 1 << 21
 def index_topk(
     q: Float[Array, "B S N H"],
     weights: Float[Array, "B S N"],
-    keys: Float[Array, "B P H"],
+    keys: Shaped[Array, "B P H"],
     q_position: Int[Array, "B S"],
     q_segment: Int[Array, "B S"],
     entry_end: Int[Array, "B P"],
     entry_segment: Int[Array, "B P"],
+    key_scale: Float[Array, "B P"] | None = None,
     *,
     topk: int,
-) -> Int[Array, "B S K"]:
+    output: Literal["list", "mask"] = "list",
+) -> Int[Array, "B S W"]:
     """See `api.index_topk`."""
     batch, length, heads, _ = q.shape
     block = max(8, min(length, _SCORE_ELEMENTS // (batch * keys.shape[1] * heads)))
@@ -29,8 +33,9 @@ def index_topk(
 
     def one_block(inputs: tuple[jax.Array, ...]) -> jax.Array:
         return reference.index_topk(
-            inputs[0], inputs[1], keys, inputs[2], inputs[3], entry_end, entry_segment, topk=topk
-        )
+            inputs[0], inputs[1], keys, inputs[2], inputs[3], entry_end, entry_segment, key_scale,
+            topk=topk, output=output,
+        )  # fmt: skip
 
     if count == 1:
         return one_block((q, weights, q_position, q_segment))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.sparse_attention.reference import unpacked_mask
 from kernels_pallas.tpu import cdiv
 
 _MIN_BLOCK = 64
@@ -87,6 +88,7 @@ def sparse_attention(
     entry_end: Int[Array, "B P"] | None,
     entry_segment: Int[Array, "B P"] | None,
     selection: Int[Array, "B S K"] | None,
+    selection_mask: Int[Array, "B S D"] | None = None,
     *,
     window: int,
     scale: float,
@@ -135,7 +137,10 @@ def sparse_attention(
             end, owner, far = entry_end[:, None], entry_segment[:, None], entries
         visible = (end <= position[..., None]) & (owner == segment[..., None])
         if chosen:
-            visible = visible & (chosen[0] >= 0 if is_gathered else _scatter_mask(chosen[0], size))
+            if is_gathered:
+                visible &= chosen[0] >= 0
+            else:
+                visible &= unpacked_mask(chosen[0], size) if selection is None else _scatter_mask(chosen[0], size)
         return _attend_two(q, near, near_mask, far, visible, sink, scale)
 
     @jax.checkpoint
@@ -155,6 +160,8 @@ def sparse_attention(
     inputs = (blocks_of(q), blocks_of(q_position), blocks_of(q_segment), before, own, before_segment, own_segment)
     if selection is not None:
         inputs = (*inputs, blocks_of(selection, -1))
+    elif selection_mask is not None:
+        inputs = (*inputs, blocks_of(selection_mask))
     out = one_block(tuple(x[0] for x in inputs))[None] if count == 1 else jax.lax.map(one_block, inputs)
     return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, heads, dim)[:, :length]
 

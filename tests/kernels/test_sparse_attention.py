@@ -119,15 +119,19 @@ def test_smaller_blocks_over_entries_do_not_change_the_result(case, monkeypatch)
 def test_decode_equals_the_last_query(case, implementation):
     inputs, window = problem(4, **{**CASES[case], "packed": False})
     want = sparse_attention(**inputs, window=window, scale=SCALE, implementation="reference")[:, -1]
-    ring, valid = inputs["keys"][:, -window:], inputs["key_segment"][:, -window:] == 1
+    # Slots in the order of a ring: those that are filled come first.
+    slots = np.mod(inputs["q"].shape[1] - 1 - np.arange(window), window)
+    ring = jnp.zeros_like(inputs["keys"][:, -window:]).at[:, slots].set(inputs["keys"][:, ::-1][:, :window])
+    count = jnp.full(2, min(inputs["q"].shape[1], window))
     far = {}
     if "entries" in inputs:
-        far = dict(entries=inputs["entries"], visible=inputs["entry_end"] <= inputs["q_position"][:, -1:])
+        seen = inputs["entry_end"] <= inputs["q_position"][:, -1:]
+        far = dict(entries=inputs["entries"], entry_count=jnp.sum(seen, axis=1))
     if "selection" in inputs:
         far |= dict(selection=inputs["selection"][:, -1])
-    ring = jnp.where(valid[..., None], ring, 1e4)  # an empty slot may hold anything
+    ring = jnp.where(jnp.arange(window)[:, None] < count[0], ring, 1e4)  # an empty slot may hold anything
     got = sparse_attention_decode(
-        inputs["q"][:, -1], ring, valid, inputs["sink"], **far, scale=SCALE, implementation=implementation
+        inputs["q"][:, -1], ring, count, inputs["sink"], **far, scale=SCALE, implementation=implementation
     )
     np.testing.assert_allclose(got, want, atol=5e-6)
 

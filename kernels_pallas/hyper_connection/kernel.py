@@ -1,0 +1,312 @@
+"""One pass over the residual streams between two sublayers: write, read, and the next sublayer's RMSNorm.
+
+A grid step holds `tokens` tokens of all streams in VMEM, so that each stream crosses HBM once each way:
+
+1. Mix: X'_k = post_k · out + Σ_j comb[j, k] · X_j on the vector unit, in float32, rounded once; sums of squares.
+2. Project: fn · X'ᵀ on the matrix unit lands tokens on lanes. With bf16 streams `fn` is the sum of three bf16 parts,
+   stacked in rows: exact to float32, in one pass.
+3. Gates and Sinkhorn rounds on [1, tokens] rows.
+4. Collapse Σ_i pre_i · X'_i, rounded, then its RMSNorm.
+
+Tokens never mix, so that the rows of an incomplete last block only spoil themselves.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.hyper_connection.block_sizes import Blocks, choose_blocks
+from kernels_pallas.tpu import LANES, compiler_params, current_chip, round_up, sublanes
+
+_ROWS = (((1,), (1,)), ((), ()))
+"""Contracts the last dimensions: rows × rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What distinguishes the variants of the kernel, all static."""
+
+    streams: int
+    """C."""
+    width: int
+    """D, before its padding to whole lanes."""
+    has_write: bool
+    """Whether the streams are written first."""
+    is_head: bool
+    """Whether only the reading gates exist (hc_head)."""
+    iterations: int
+    eps: float
+    norm_eps: float
+    blocks: Blocks
+
+    @property
+    def maps(self) -> int:
+        """Rows of `fn`."""
+        return self.streams if self.is_head else self.streams * (2 + self.streams)
+
+    @property
+    def fn_rows(self) -> int:
+        """Rows of `fn`, padded to whole sublanes."""
+        return round_up(self.maps, 8)
+
+
+def split_bf16(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Three bf16 arrays whose sum is the float32 array, to its last bit."""
+    high = x.astype(jnp.bfloat16)
+    rest = x - high.astype(jnp.float32)
+    middle = rest.astype(jnp.bfloat16)
+    return high, middle, (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _dot_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, _ROWS, precision=precision, preferred_element_type=jnp.float32)
+
+
+def spread(rows: list[jax.Array], target: Any) -> None:
+    """Turns [1, tokens] rows into [tokens, lanes] arrays of equal lanes: `target[i]` gets rows[i]."""
+    padded = rows + [rows[0]] * (round_up(len(rows), 8) - len(rows))
+    columns = jnp.transpose(jnp.concatenate(padded, axis=0))
+    for i in range(len(rows)):
+        target[i] = jnp.broadcast_to(columns[:, i : i + 1], target.shape[1:])
+
+
+def sinkhorn_round(matrix: list[list[jax.Array]], eps: float) -> list[list[jax.Array]]:
+    """Normalises rows, then columns; entries [source][target]."""
+    return normalise_columns([[c * r for c in row] for row in matrix for r in (1.0 / (sum(row) + eps),)], eps)
+
+
+def normalise_columns(matrix: list[list[jax.Array]], eps: float) -> list[list[jax.Array]]:
+    """Divides each column by its sum + eps."""
+    factors = [1.0 / (sum(column) + eps) for column in zip(*matrix, strict=True)]
+    return [[c * f for c, f in zip(row, factors, strict=True)] for row in matrix]
+
+
+def first_round(logits: list[list[jax.Array]], eps: float) -> list[list[jax.Array]]:
+    """Softmax over targets, + eps, then columns."""
+    matrix = []
+    for row in logits:
+        highest = functools.reduce(jnp.maximum, row)
+        exponentials = [jnp.exp(c - highest) for c in row]
+        factor = 1.0 / sum(exponentials)
+        matrix.append([c * factor + eps for c in exponentials])
+    return normalise_columns(matrix, eps)
+
+
+def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
+    refs = list(all_refs)
+    scale_ref, base_ref = refs.pop(0), refs.pop(0)
+    out_ref, maps_ref = (refs.pop(0), refs.pop(0)) if spec.has_write else (refs[0], refs[0])
+    streams_ref, fn_ref, gain_ref, x_ref = (refs.pop(0) for _ in range(4))
+    new_ref = refs.pop(0) if spec.has_write else streams_ref
+    new_maps_ref = None if spec.is_head else refs.pop(0)
+    parts_ref, weights_ref, pre_ref, square_ref = refs
+    count, tokens, columns = spec.streams, spec.blocks.tokens, spec.blocks.columns
+    width = gain_ref.shape[-1]
+    dtype = streams_ref.dtype
+    step = sublanes(dtype)
+    rows = spec.fn_rows
+
+    if dtype == jnp.bfloat16:
+
+        @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0))
+        def _() -> None:
+            for part, value in enumerate(split_bf16(fn_ref[...])):
+                parts_ref[part * rows : part * rows + spec.maps] = value
+
+    fn_source = parts_ref if dtype == jnp.bfloat16 else fn_ref
+
+    def lanes(stream: int, start: jax.Array, size: int = LANES) -> Any:
+        return pl.ds(pl.multiple_of(stream * width + start, LANES), size)
+
+    if spec.has_write:
+        spread([maps_ref[i : i + 1] for i in range(count, count * (2 + count))], weights_ref)
+
+    def mix(start: jax.Array) -> None:
+        """Step 1 on the slab of columns from `start`."""
+
+        def block(t: jax.Array, _: None) -> None:
+            at = pl.ds(pl.multiple_of(t * step, step), step)
+            squares = square_ref[at]
+            for lane in range(0, columns, LANES):
+                if not spec.has_write:
+                    for k in range(count):
+                        squares += jnp.square(streams_ref[at, lanes(k, start + lane)].astype(jnp.float32))
+                    continue
+                out = out_ref[at, lanes(0, start + lane)].astype(jnp.float32)
+                old = [streams_ref[at, lanes(j, start + lane)].astype(jnp.float32) for j in range(count)]
+                for k in range(count):
+                    new = weights_ref[k, at] * out
+                    for j in range(count):
+                        new = new + weights_ref[count + count * j + k, at] * old[j]
+                    rounded = new.astype(dtype)
+                    new_ref[at, lanes(k, start + lane)] = rounded
+                    squares += jnp.square(rounded.astype(jnp.float32))
+            square_ref[at] = squares
+
+        jax.lax.fori_loop(0, tokens // step, block, None, unroll=True)
+
+    square_ref[...] = jnp.zeros_like(square_ref)
+    jax.lax.fori_loop(0, width // columns, lambda i, _: mix(i * columns), None)
+    product = jnp.zeros((), jnp.float32)
+    for k in range(count):
+        product = product + _dot_rows(
+            fn_source[:, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width]
+        )  # fmt: skip
+    if dtype == jnp.bfloat16:
+        product = (product[2 * rows : 3 * rows] + product[rows : 2 * rows]) + product[:rows]
+    squares = _dot_rows(jnp.ones((8, LANES), jnp.float32), square_ref[...])[:1]
+    inverse = jax.lax.rsqrt(squares / (count * spec.width) + spec.norm_eps)
+
+    def row(i: int) -> jax.Array:
+        scale = scale_ref[0 if i < count else 1 if i < 2 * count else 2]
+        return product[i : i + 1] * inverse * scale + base_ref[i]
+
+    pre = [jax.nn.sigmoid(row(i)) + spec.eps for i in range(count)]
+    spread(pre, pre_ref)
+    if new_maps_ref is not None:
+        matrix = first_round(
+            [[row(2 * count + count * j + k) for k in range(count)] for j in range(count)], spec.eps
+        )  # fmt: skip
+        matrix = jax.lax.fori_loop(
+            0, spec.iterations - 1, lambda _, m: sinkhorn_round(m, spec.eps), matrix, unroll=False
+        )
+        for i in range(count):
+            new_maps_ref[i : i + 1] = pre[i]
+            new_maps_ref[count + i : count + i + 1] = 2 * jax.nn.sigmoid(row(count + i))
+            for k in range(count):
+                at = 2 * count + count * i + k
+                new_maps_ref[at : at + 1] = matrix[i][k]
+
+    def collapse(t: jax.Array, _: None) -> None:
+        at = pl.ds(pl.multiple_of(t * step, step), step)
+        weights = [pre_ref[i, at] for i in range(count)]
+
+        def tile(c: jax.Array, squares: jax.Array) -> jax.Array:
+            parts = [weights[i] * new_ref[at, lanes(i, c * LANES)].astype(jnp.float32) for i in range(count)]
+            x = functools.reduce(jnp.add, parts).astype(dtype)
+            x_ref[at, lanes(0, c * LANES)] = x
+            return squares + jnp.square(x.astype(jnp.float32))
+
+        zero = jnp.zeros((step, LANES), jnp.float32)
+        square_ref[at] = jax.lax.fori_loop(0, width // LANES, tile, zero, unroll=True)
+
+    jax.lax.fori_loop(0, tokens // step, collapse, None)
+    mean = jnp.sum(square_ref[...], axis=1, keepdims=True) / spec.width
+    square_ref[...] = jnp.broadcast_to(jax.lax.rsqrt(mean + spec.norm_eps), square_ref.shape)
+
+    def normalise(t: jax.Array, _: None) -> None:
+        at = pl.ds(pl.multiple_of(t * step, step), step)
+        inverse = square_ref[at]
+
+        def tile(c: jax.Array, _: None) -> None:
+            cols = lanes(0, c * LANES)
+            x_ref[at, cols] = (x_ref[at, cols].astype(jnp.float32) * inverse * gain_ref[:, cols]).astype(dtype)
+
+        jax.lax.fori_loop(0, width // LANES, tile, None, unroll=True)
+
+    jax.lax.fori_loop(0, tokens // step, normalise, None)
+
+
+def seam_forward(
+    out: jax.Array | None,
+    streams: jax.Array,
+    maps: jax.Array | None,
+    fn: jax.Array,
+    base: jax.Array,
+    scale: jax.Array,
+    gain: jax.Array,
+    *,
+    is_head: bool,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The normed input of the next sublayer, the streams, and the maps (None for the head).
+
+    Args:
+      out: [B, S, D], with maps [M, B, S]: what to write first, or None.
+      streams: [B, S, C · D], stream-major.
+      fn: [M, C · D] or, for the head, [C, C · D]; base likewise; scale [3] or [1].
+      gain: [D], of the norm.
+    """
+    batch, length, flat = streams.shape
+    width = gain.shape[0]
+    count = flat // width
+    chip = current_chip()
+    blocks = choose_blocks(chip, length, count, width, streams.dtype, has_write=out is not None, is_head=is_head)
+    spec = Spec(count, width, out is not None, is_head, iterations, eps, norm_eps, blocks)
+    padded, tokens = round_up(width, LANES), blocks.tokens
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+
+    def rows(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, tokens, size), lambda b, s: (b, s, 0))
+
+    def whole(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda b, s: (0,) * len(shape))
+
+    def lanes(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, size, tokens), lambda b, s: (b, 0, s))
+
+    operands: list[Any] = [scale, base]
+    in_specs: list[Any] = [scalars, scalars]
+    if out is not None:
+        assert maps is not None
+        operands += [pad_streams(out, 1, padded), jnp.moveaxis(maps, 0, 1)]
+        in_specs += [rows(padded), lanes(len(maps))]
+    operands += [
+        pad_streams(streams, count, padded),
+        pad_streams(fn, count, padded),
+        pad_streams(gain[None], 1, padded),
+    ]
+    in_specs += [rows(count * padded), whole(spec.maps, count * padded), whole(1, padded)]
+    shapes: list[Any] = [jax.ShapeDtypeStruct((batch, length, padded), streams.dtype)]
+    out_specs: list[Any] = [rows(padded)]
+    if out is not None:
+        shapes.append(jax.ShapeDtypeStruct((batch, length, count * padded), streams.dtype))
+        out_specs.append(rows(count * padded))
+    if not is_head:
+        shapes.append(jax.ShapeDtypeStruct((batch, spec.maps, length), jnp.float32))
+        out_specs.append(lanes(spec.maps))
+    parts = (3 * spec.fn_rows, count * padded) if streams.dtype == jnp.bfloat16 else (16, LANES)
+    results = pl.pallas_call(
+        functools.partial(_seam_kernel, spec),
+        grid=(batch, pl.cdiv(length, tokens)),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=shapes,
+        scratch_shapes=[
+            pltpu.VMEM(parts, jnp.bfloat16),
+            pltpu.VMEM((count * (count + 1), tokens, LANES), jnp.float32),
+            pltpu.VMEM((count, tokens, LANES), jnp.float32),
+            pltpu.VMEM((tokens, LANES), jnp.float32),
+        ],
+        compiler_params=compiler_params(chip, semantics=("arbitrary", "arbitrary"), vmem_bytes=blocks.vmem_limit),
+        name="hyper_connection_head" if is_head else "hyper_connection_seam",
+    )(*operands)
+    results = list(results)
+    x = results.pop(0)[..., :width]
+    new = streams if out is None else unpad_streams(results.pop(0), count, width)
+    return x, new, None if is_head else jnp.moveaxis(results.pop(0), 1, 0)
+
+
+def pad_streams(x: jax.Array, count: int, padded: int) -> jax.Array:
+    """[…, C · D] → […, C · padded] with zeros behind each stream; nothing to do where D fills whole lanes."""
+    width = x.shape[-1] // count
+    if width == padded:
+        return x
+    streams = x.reshape(*x.shape[:-1], count, width)
+    streams = jnp.pad(streams, [(0, 0)] * (streams.ndim - 1) + [(0, padded - width)])
+    return streams.reshape(*x.shape[:-1], -1)
+
+
+def unpad_streams(x: jax.Array, count: int, width: int) -> jax.Array:
+    """Undoes `pad_streams`."""
+    if x.shape[-1] == count * width:
+        return x
+    return x.reshape(*x.shape[:-1], count, -1)[..., :width].reshape(*x.shape[:-1], count * width)

@@ -1,0 +1,6 @@
+"""Shapes of the attention kernels."""
+
+from kernels_pallas.sparse_attention.cases_decode import DECODE_CASES
+from kernels_pallas.sparse_attention.cases_prefill import PREFILL_CASES
+
+CASES = (*PREFILL_CASES, *DECODE_CASES)

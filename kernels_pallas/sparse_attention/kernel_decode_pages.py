@@ -1,0 +1,174 @@
+"""Decode over the window and all visible entries, which lie in order: one query per sequence, entries by whole pages.
+
+Grid: (sequences, pages). A step adds one page to the running softmax in VMEM; the window comes with the first. Pages
+beyond a sequence's last one name the next sequence's first page, so that the pipeline fetches that early and nothing
+twice; their steps do nothing else. Without entries a step takes a group of sequences instead, to share its overhead.
+
+In VMEM: two pages (the pipeline's buffers), window, queries, running sums. Each entry crosses HBM once for all heads.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.sparse_attention.block_sizes_decode import DecodeBlockSizes
+from kernels_pallas.sparse_attention.decode_softmax import (
+    LOG2_E,
+    Softmax,
+    clear_from,
+    dot,
+    in_one_block,
+    output_shapes,
+    spread,
+    write_outputs,
+)
+from kernels_pallas.tpu import LANES, Chip, cdiv, check_vmem, compiler_params, round_up, tile_bytes
+
+
+def _scores(query, keys, count):
+    scores = dot(query, keys, ((1,), (1,)))
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (1, keys.shape[0]), 1) < count, scores, -jnp.inf)
+
+
+def _sinks(sink):
+    """[1, N] → [N, 128] of equal lanes, in powers of 2."""
+    return jnp.broadcast_to(sink[...] * LOG2_E, (LANES, sink.shape[1])).T
+
+
+def _window_kernel(layer, ring_count, entry_count, q, ring, sink, *rest, scale: float, is_partial: bool):
+    """Blocks: q [G, N, H], ring [1, G, W, H], sink [1, N], outputs [G, N, ·]; scratch: weights, maxima, totals."""
+    del layer, entry_count
+    outputs, (weights, top, total) = rest[:-3], rest[-3:]
+
+    @in_one_block
+    def _():
+        before = (None, None)
+        if not is_partial:
+            sinks = _sinks(sink)
+            before = (sinks, jnp.ones(sinks.shape, jnp.float32))
+        for row in range(q.shape[0]):
+            count = ring_count[pl.program_id(0) * q.shape[0] + row]
+            ring[0, row] = clear_from(ring[0, row], count)
+            softmax = Softmax.of([_scores(q[row], ring[0, row], count)], scale, *before)
+            weights[row], top[row], total[row] = softmax.weights[0].astype(ring.dtype), softmax.top, softmax.total
+
+    for row in range(q.shape[0]):
+        write_outputs(outputs, row, dot(weights[row], ring[0, row], ((1,), (0,))), top[row], total[row])
+
+
+def _kernel(
+    layer,  # SMEM [1]
+    ring_count,  # SMEM [B]
+    entry_count,  # SMEM [B]
+    q,  # [1, N, H]
+    ring,  # [1, 1, W, H]
+    sink,  # [1, N]
+    entries,  # [1, 1, page, H]
+    *rest,  # outputs o, m, l [1, N, ·]; scratch: running sums [N, H], maxima and totals [N, 128]
+    scale: float,
+    is_partial: bool,
+):
+    outputs, (sums, top, total) = rest[:-3], rest[-3:]
+    sequence, page = pl.program_id(0), pl.program_id(1)
+    size = entries.shape[2]
+    count = entry_count[sequence] - page * size
+
+    @pl.when(page == 0)
+    def _():
+        keys = clear_from(ring[0, 0], ring_count[sequence])
+        before = (None, None)
+        if not is_partial:
+            sinks = _sinks(sink)
+            before = (sinks, jnp.ones(sinks.shape, jnp.float32))
+        softmax = Softmax.of([_scores(q[0], keys, ring_count[sequence])], scale, *before)
+        sums[...] = dot(softmax.weights[0].astype(keys.dtype), keys, ((1,), (0,)))
+        top[...], total[...] = softmax.top, softmax.total
+
+    @pl.when((count > 0) & (count < size))
+    def _():
+        entries[0, 0] = clear_from(entries[0, 0], count)
+
+    @pl.when(count > 0)
+    def _():
+        softmax = Softmax.of([_scores(q[0], entries[0, 0], count)], scale, top[...], total[...])
+        added = dot(softmax.weights[0].astype(entries.dtype), entries[0, 0], ((1,), (0,)))
+        sums[...] = sums[...] * spread(jnp.exp2(top[...] - softmax.top), added.shape[1]) + added
+        top[...], total[...] = softmax.top, softmax.total
+
+    @pl.when(page == pl.num_programs(1) - 1)
+    def _():
+        write_outputs(outputs, 0, sums[...], top[...], total[...])
+
+
+def attend_pages(
+    layer: jax.Array, ring_count: jax.Array, entry_count: jax.Array, q: jax.Array, ring: jax.Array, sink: jax.Array,
+    entries: jax.Array | None, *, scale: float, is_partial: bool, chip: Chip, block_sizes: DecodeBlockSizes,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The kernel. Shapes: layer [1], counts [B], q [B, N, H], ring [L, B, W, H], sink [N], entries [L, B, P, H].
+
+    Returns:
+      As `decode_softmax.output_shapes`.
+
+    Raises:
+      ValueError: the blocks do not fit the chip's VMEM.
+    """
+    batch, heads, dim = q.shape
+    window = ring.shape[2]
+    size = 0 if entries is None else entries.shape[2]
+    group = 1 if size else min(block_sizes.sequences, batch)
+    pages = cdiv(size, block_sizes.page) if size else 1
+    page = round_up(cdiv(size, pages), 16)
+    lacking = [(0, round_up(batch, group) - batch)]
+    ring_count, entry_count = jnp.pad(ring_count, lacking), jnp.pad(entry_count, lacking)
+    outputs = output_shapes(q.shape, q.dtype, is_partial)
+    scratch: list[tuple[tuple[int, ...], Any]] = [((heads, dim), jnp.float32), *[((heads, LANES), jnp.float32)] * 2]
+    kernel, name = _kernel, "pages"
+    if not size:
+        kernel, name = _window_kernel, "window"
+        scratch = [((group, heads, window), ring.dtype), *[((group, heads, LANES), jnp.float32)] * 2]
+    blocks = [((group, heads, dim), q.dtype), ((group, window, dim), ring.dtype), ((1, heads), jnp.float32)]
+    blocks += [((page, dim), ring.dtype)] if size else []
+    blocks += [((group, *x.shape[1:]), x.dtype) for x in outputs]
+    needed = 2 * sum(tile_bytes(*b) for b in blocks) + sum(tile_bytes(*b) for b in scratch)
+    needed += tile_bytes((heads, max(page, group * window)), jnp.float32) * 3  # scores and weights, where they spill
+    check_vmem(
+        f"sparse_attention_decode of {heads} heads × {dim}, window {window}, pages of {page} entries", needed, chip,
+        "give smaller block_sizes, or shard the heads over more devices",
+    )  # fmt: skip
+
+    def place(b, p, layer, _, entry_count):
+        is_seen = p * page < entry_count[b]
+        # The last sequence has no successor: it repeats a page.
+        following = jnp.minimum(b + 1, batch - 1)
+        return layer[0], jnp.where(is_seen, b, following), jnp.where(is_seen, p, 0), 0
+
+    in_specs = [
+        pl.BlockSpec((group, heads, dim), lambda b, *_: (b, 0, 0)),
+        pl.BlockSpec((1, group, window, dim), lambda b, p, layer, *_: (layer[0], b, 0, 0)),
+        pl.BlockSpec((1, heads), lambda b, *_: (0, 0)),
+    ]
+    if size:
+        in_specs.append(pl.BlockSpec((1, 1, page, dim), place))
+    keys = window + size
+    return pl.pallas_call(
+        functools.partial(kernel, scale=scale, is_partial=is_partial),
+        out_shape=outputs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(cdiv(batch, group), pages),
+            in_specs=in_specs,
+            out_specs=[pl.BlockSpec((group, *x.shape[1:]), lambda b, *_: (b, 0, 0)) for x in outputs],
+            scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch],
+        ),
+        compiler_params=compiler_params(chip, semantics=("arbitrary", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * batch * heads * keys * dim,
+            transcendentals=batch * heads * (keys + 1),
+            bytes_accessed=batch * dim * (keys * ring.dtype.itemsize + 2 * heads * q.dtype.itemsize),
+        ),
+        name=f"sparse_attention_decode_{name}",
+    )(layer, ring_count, entry_count, q, ring, sink[None], *([entries] if size else []))
