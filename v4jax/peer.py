@@ -1,11 +1,12 @@
-"""The transformers implementation of the model, as the other side of `v4jax bench model`."""
+"""The transformers implementation of the model, as the other side of `v4jax bench model` and `v4jax verify`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from v4jax.checkpoint.names import Spelling, section_parameters, sections, stored_tensors
+from v4jax.checkpoint.names import Section, Spelling, section_parameters, sections, stored_tensors
+from v4jax.checkpoint.reader import Checkpoint
 from v4jax.config import ModelConfig
 from v4jax.cost import Run, Workload
 from v4jax.errors import UserError
@@ -115,3 +116,89 @@ def _copy_weights(
                     target, value = target[stored.slab], value[index]
                 target = target if stored.rows is None else target[stored.rows]
                 target.copy_(as_tensor(np.array(value)))  # a copy: torch wants to be able to write
+
+
+# ---- layer by layer --------------------------------------------------------------------------------------------------
+class PeerLayer(NamedTuple):
+    """What a layer of transformers' made."""
+
+    streams: np.ndarray
+    """float32 [B, S, C, D] after it."""
+    experts: np.ndarray
+    """int [B, S, K]: where its router sent each token."""
+
+
+class StreamedPeer:
+    """One forward pass of transformers' own model in float32, which gets each layer's weights when it comes to it.
+
+    Args:
+        checkpoint: opened.
+        tokens: int32 [B, S].
+
+    Raises:
+        UserError: torch or transformers is missing.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokens: np.ndarray) -> None:
+        try:
+            import torch
+            from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+        except ImportError as error:
+            raise UserError(
+                f"--against transformers: {error.name} is not installed; pip install 'v4jax[parity]'"
+            ) from None
+        self.layers: list[PeerLayer] = []
+        chosen: list[np.ndarray] = []
+        settings: dict[str, Any] = checkpoint.config.to_hf() | {
+            "attn_implementation": "eager",
+            "experts_implementation": "eager",
+            "use_cache": False,
+        }
+        settings.pop("quantization_config", None)
+        config = DeepseekV4Config(**settings)
+        with torch.device("meta"):
+            model: Any = DeepseekV4ForCausalLM(config).float().eval()
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RotaryEmbedding"):  # its tables are computed, not loaded
+                model.set_submodule(name, type(module)(config))
+        layers = list(model.model.layers)
+
+        def load(module: Any, section: Section, prefix: str) -> None:
+            state = _transformers_tensors(checkpoint, section)
+            names = {name.removeprefix(prefix): torch.from_numpy(array) for name, array in state.items()}
+            missing, unexpected = module.load_state_dict(names, strict=False, assign=True)
+            if unexpected or (prefix and missing):
+                raise UserError(f"transformers' model does not fit: missing {missing}, unexpected {unexpected}")
+
+        def before(layer: Any, *_: Any) -> None:
+            load(layer, ("layers", layers.index(layer)), f"model.layers.{layers.index(layer)}.")
+
+        def after(layer: Any, _: Any, streams: Any) -> None:
+            experts = chosen.pop().reshape(*tokens.shape, -1)
+            self.layers.append(PeerLayer(streams.numpy(), experts))
+            layer.to("meta")
+
+        def routed(_: Any, __: Any, output: Any) -> None:
+            chosen.append(output[2].numpy())
+
+        for layer in layers:
+            layer.register_forward_pre_hook(before)
+            layer.register_forward_hook(after)
+            layer.mlp.gate.register_forward_hook(routed)
+        load(model, "top", "")
+        with torch.inference_mode():
+            self.logits: np.ndarray = model(torch.from_numpy(tokens).long()).logits.float().numpy()
+
+
+def _transformers_tensors(checkpoint: Checkpoint, section: Section) -> dict[str, np.ndarray]:
+    """One section under transformers' names, float32; hash tables int64."""
+    state: dict[str, np.ndarray] = {}
+    for key, values in checkpoint.section(section).items():
+        parameter = next(one for one in section_parameters(checkpoint.config, section) if one.key == key)
+        for index, stored in enumerate(stored_tensors(section, parameter, Spelling.TRANSFORMERS)):
+            if stored.slab is None:
+                state[stored.name] = values.astype(np.int64) if values.dtype == np.int32 else values
+                continue
+            target = state.setdefault(stored.name, np.empty(stored.shape, np.float32))[stored.slab]
+            target[stored.rows or slice(None)] = values[index]
+    return state

@@ -114,7 +114,7 @@ def _encoded(
 def write_hf_directory(path: Path, config: ModelConfig, tensors: dict[str, np.ndarray], shards: int = 1) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config.to_hf()))
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     if shards == 1:
         save_file(tensors, path / "model.safetensors")
         return path

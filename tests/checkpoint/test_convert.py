@@ -226,20 +226,24 @@ def test_a_bad_source_leaves_no_output(tmp_path: Path):
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
 )
-@pytest.mark.parametrize("to", ["v4jax", "hf"])
-def test_a_full_disk_is_a_clear_error_and_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch, error, to: Any):
-    save, calls = writer.save_file, []
+@pytest.mark.parametrize("save", [save_model, save_hf])
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch, error, save: Any
+):
+    library, calls = writer.save_file, []
 
     def fill_up(*arguments: Any) -> None:
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == 3 or save is save_hf:
             raise error
-        save(*arguments)
+        library(*arguments)
 
     monkeypatch.setattr(writer, "save_file", fill_up)
-    path = source(tmp_path / "a")
+    config = plain_config()
+    model = random_model(config)
+    layers = [model["layers", n] for n in range(config.num_hidden_layers)]
     with pytest.raises(CheckpointError, match=r"No space left on device.*free disk space"):
-        convert(path, tmp_path / "b", to=to, max_shard_bytes=100_000)
+        save(tmp_path / "b", config, model["top"], layers, [model["mtp", 0]])
     with pytest.raises(ValueError, match=r"did not finish|safetensors files and no"):
         open_checkpoint(tmp_path / "b")
 

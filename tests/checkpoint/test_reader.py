@@ -134,6 +134,85 @@ def test_a_dspark_head_is_counted_and_left_alone(tmp_path: Path):
     assert_reads(checkpoint, config)
 
 
+def dspark_head(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Three stages of a window-only block each, quantised like the model, with the extra tensors of the last."""
+    block = {name: array for name, array in as_stored(config).items() if name.startswith("mtp.0.")}
+    stages = {name.replace("mtp.0.", f"mtp.{n}."): array for n in range(3) for name, array in block.items()}
+    return stages | {
+        "mtp.2.markov_w1": np.ones((config.vocab_size, 8), ml_dtypes.bfloat16),
+        "mtp.2.markov_w2": np.full((8, config.vocab_size), np.nan, ml_dtypes.bfloat16),
+        "mtp.2.confidence_head": np.ones((1, 144), np.float32),
+    }
+
+
+@pytest.mark.parametrize("spelling", HF_SPELLINGS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_refreshed_release_reads_and_carries_its_head(tmp_path: Path, spelling: Spelling, shards: int):
+    plain = quantised_config()
+    data = plain.to_hf() | {"dspark_block_size": 5, "dspark_markov_rank": 256}
+    data["compress_ratios"] = [*data["compress_ratios"][:-1], 0, 0, 0]
+    config = ModelConfig.from_hf(data)
+    head = dspark_head(plain)
+    backbone = {name: array for name, array in as_stored(plain, spelling).items() if not name.startswith("mtp.")}
+    checkpoint = open_checkpoint(write_hf_directory(tmp_path / "a", config, backbone | head, shards))
+    assert (checkpoint.spelling, checkpoint.config) == (spelling, config)
+    assert {info.name: info.read().tobytes() for info in checkpoint.carried} == {
+        name: array.tobytes() for name, array in head.items()
+    }
+    assert f"{len(head)} tensors (mtp.*)" in checkpoint.notes[0]
+    for section in sections(config):
+        got = checkpoint.section(section)
+        for key, want in expected(plain, section).items():
+            np.testing.assert_array_equal(got[key], want, err_msg=key)
+    lost = open_checkpoint(write_hf_directory(tmp_path / "b", config, backbone, shards))
+    assert lost.carried == ()
+    assert lost.notes == ("no DSpark speculative head in the files; the backbone is complete",)
+
+
+@pytest.mark.parametrize("spelling", HF_SPELLINGS)
+@pytest.mark.parametrize(("dense", "experts"), [("F8_E8M0", "F32"), ("F32", "F8_E8M0"), ("U8", "F32")])
+def test_base_models_are_read_whatever_their_scales(tmp_path: Path, spelling: Spelling, dense: str, experts: str):
+    config = quantised_config(expert_dtype="fp8", moe_intermediate_size=128)
+    tensors = as_stored(config, spelling, scale_dtype=dense)
+    other = as_stored(config, spelling, scale_dtype=experts)
+    tensors |= {name: array for name, array in other.items() if "experts" in name and "shared" not in name}
+    checkpoint = open_checkpoint(write_hf_directory(tmp_path, config, tensors))
+    for section in sections(checkpoint.config):
+        got = checkpoint.section(section)
+        for key, want in expected(config, section).items():
+            np.testing.assert_array_equal(got[key], want, err_msg=key)
+
+
+def test_scales_that_are_no_powers_of_two_multiply(tmp_path: Path):
+    config = quantised_config(expert_dtype="fp8")
+    tensors = as_stored(config, scale_dtype="F32")
+    tensors = {name: array * np.float32(1.7) if name.endswith(".scale") else array for name, array in tensors.items()}
+    layer = open_checkpoint(write_hf_directory(tmp_path, config, tensors)).layer(1)
+    weight, scale = (tensors[f"layers.1.attn.wq_a.{kind}"] for kind in ("weight", "scale"))
+    spread = scale.repeat(128, axis=0)[:24].repeat(128, axis=1)[:, :136]
+    np.testing.assert_array_equal(layer["attn.wq_a.weight"], weight.astype(np.float32) * spread)
+
+
+def test_a_config_of_the_first_upload_has_fp4_experts(tmp_path: Path):
+    config = quantised_config()
+    data = {key: value for key, value in config.to_hf().items() if key != "expert_dtype"}
+    path = write_hf_directory(tmp_path, config, as_stored(config))
+    (path / "config.json").write_text(json.dumps(data))
+    checkpoint = open_checkpoint(path)
+    want = expected(config, ("layers", 1))["ffn.experts.w2.weight"]
+    np.testing.assert_array_equal(checkpoint.layer(1)["ffn.experts.w2.weight"], want)
+
+
+def test_odd_indices_are_noted(tmp_path: Path):
+    path = write_hf_directory(tmp_path, plain_config(), as_stored(plain_config()), shards=2)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    (path / "model.safetensors.index.json").write_text(json.dumps(index | {"metadata": {"total_size": 5}}))
+    (path / "old.safetensors").write_bytes(b"never opened")
+    notes = open_checkpoint(path).notes
+    assert "states total_size 5, its tensors have" in notes[0]
+    assert "old.safetensors" in notes[1]
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 def wrong(tensors: dict[str, np.ndarray], name: str, value: np.ndarray | None) -> None:
     if value is None:
@@ -157,6 +236,7 @@ ZEROS = np.zeros((4,), np.float32)
         ("layers.2.ffn.gate.tid2eid", np.zeros((50, 2), np.int64), "extra: layers.2.ffn.gate.tid2eid"),
         ("embed.scale", ZEROS, "extra: embed.scale"),
         ("layers.1.attn.wq_a.weight_scale_inv", ZEROS, "extra: .*wq_a.weight_scale_inv: .* has another scale"),
+        ("hc_head_scale", np.float32(1), r"mis-shaped: hc_head_scale: got \[\], need \[1\]"),
         ("norm.weight", np.zeros((8,), np.float32), r"mis-shaped: norm.weight: got \[8\], need \[136\]"),
         ("layers.0.ffn.experts.1.w1.weight", np.zeros((40, 136), np.int8), r"got \[40, 136\], need \[40, 68\]"),
         ("layers.1.attn.wq_a.scale", ZEROS, r"mis-shaped: layers.1.attn.wq_a.scale: got \[4\], need \[1, 2\]"),
@@ -250,3 +330,11 @@ def test_a_truncated_shard_is_refused(tmp_path: Path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors: truncated: got .* fetch it again"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/top.safetensors", "../top.safetensors", "layers/../../top.safetensors"])
+def test_a_record_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str):
+    record = {"status": "complete", "files": {name: {"bytes": 3}}}
+    (tmp_path / "conversion.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="need files of this directory"):
+        open_checkpoint(tmp_path)

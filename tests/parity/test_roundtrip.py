@@ -14,6 +14,7 @@ from v4jax.checkpoint.reader import open_checkpoint
 from v4jax.config import ModelConfig
 from v4jax.dtypes import DTypePolicy
 from v4jax.model.transformer import Transformer
+from v4jax.verify import compare_with_transformers
 
 torch = pytest.importorskip("torch", reason="needs the parity extra")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra")
@@ -63,12 +64,13 @@ def test_what_transformers_saves_gives_its_logits_here(
     tolerances.assert_logits_close(_logits(model, tokens), original.run(tokens).logits, tolerances.OTHERS)
 
 
+@pytest.mark.parametrize("layout", ["official", "transformers"])
 def test_what_we_export_gives_our_logits_in_transformers(
-    original: Peer, tokens: np.ndarray, tmp_path: Path, record_property: Any
+    original: Peer, tokens: np.ndarray, tmp_path: Path, record_property: Any, layout: Any
 ) -> None:
     original.module.save_pretrained(tmp_path / "saved")
     convert(tmp_path / "saved", tmp_path / "v4jax", weights="fp32")
-    convert(tmp_path / "v4jax", tmp_path / "exported", weights="fp32", to="hf")
+    convert(tmp_path / "v4jax", tmp_path / "exported", weights="fp32", to="hf", layout=layout, max_shard_bytes=100_000)
     module = transformers.DeepseekV4ForCausalLM.from_pretrained(
         tmp_path / "exported", dtype=torch.float32, **peer.PLAIN_FORWARD
     )
@@ -77,3 +79,17 @@ def test_what_we_export_gives_our_logits_in_transformers(
     record_property("figure", f"exported: max |Δ| {np.abs(np.asarray(ours) - theirs).max():.2g}")
     tolerances.assert_logits_close(ours, theirs, tolerances.OTHERS)
     np.testing.assert_array_equal(theirs, original.run(tokens).logits)
+
+
+def test_a_streamed_pass_beside_transformers_agrees_layer_by_layer(
+    original: Peer, tokens: np.ndarray, tmp_path: Path, capsys: Any
+) -> None:
+    original.module.save_pretrained(tmp_path)
+    found = compare_with_transformers(open_checkpoint(tmp_path), tokens[:1, :40], print)
+    layers = original.config.num_hidden_layers
+    assert len(found["error"]) == len(found["experts"]) == layers
+    assert max(found["error"]) <= 1e-4
+    assert min(found["experts"]) == 1
+    assert found["max"][0] <= 2e-4
+    assert found["top"][0] == 1
+    assert len(capsys.readouterr().out.splitlines()) == layers + 2

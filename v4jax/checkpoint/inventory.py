@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from typing import Any
 
 from kernels_pallas.formats import fp4_scale_shape, fp8_scale_shape
 from v4jax.checkpoint.names import (
@@ -48,7 +48,7 @@ def fp8_tile(config: ModelConfig) -> tuple[int, int]:
 
 
 def check_inventory(
-    path: Path,
+    path: Any,
     config: ModelConfig,
     spelling: Spelling,
     inventory: Mapping[str, TensorInfo],

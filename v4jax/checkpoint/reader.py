@@ -14,6 +14,7 @@ import numpy as np
 
 from kernels_pallas.formats import decode_fp4, decode_fp8
 from v4jax.checkpoint.inventory import check_inventory, fp8_tile
+from v4jax.checkpoint.location import Location, config_source, locate
 from v4jax.checkpoint.names import (
     ParameterSpec,
     Section,
@@ -27,7 +28,16 @@ from v4jax.checkpoint.names import (
     sections,
     stored_tensors,
 )
-from v4jax.checkpoint.tensor_file import CheckpointError, TensorInfo, join, read_header, read_shards, summarise
+from v4jax.checkpoint.tensor_file import (
+    CheckpointError,
+    TensorInfo,
+    check_link,
+    join,
+    notes_on_index,
+    read_header,
+    read_shards,
+    summarise,
+)
 from v4jax.config import ModelConfig
 
 MANIFEST = "conversion.json"
@@ -44,7 +54,8 @@ class Checkpoint:
     stacked (`ffn.experts.w1.weight` [E, I, d]).
     """
 
-    path: Path
+    path: Any
+    """A `Path`, or a `RemotePath` in an object store."""
     config: ModelConfig
     """Without the MTP block if the files have none."""
     spelling: Spelling
@@ -56,9 +67,21 @@ class Checkpoint:
     """What a user should know: an absent MTP block, ignored tensors."""
 
     @property
+    def carried(self) -> tuple[TensorInfo, ...]:
+        """The tensors that conversions pass on untouched: those of a DSpark head, by their names."""
+        return tuple(self.inventory[name] for name in self.ignored)
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors."""
         return sum(info.nbytes for info in self.inventory.values())
+
+    @property
+    def recorded_source(self) -> str | None:
+        """Where a v4jax directory's weights came from, if its record says so."""
+        manifest = read_manifest(self.path) if (self.path / MANIFEST).is_file() else {}
+        found = manifest.get("source", {}).get("path")
+        return found if isinstance(found, str) else None
 
     def top(self, dtype: ParameterDType = "float32") -> dict[str, np.ndarray]:
         """Embedding, head, final norm and head hyper-connection."""
@@ -72,17 +95,49 @@ class Checkpoint:
         """MTP block `n`."""
         return self.section(("mtp", n), dtype)
 
-    def section(self, section: Section, dtype: ParameterDType = "float32") -> dict[str, np.ndarray]:
+    def section(
+        self,
+        section: Section,
+        dtype: ParameterDType = "float32",
+        *,
+        skip: str | None = None,
+        experts: range | None = None,
+    ) -> dict[str, np.ndarray]:
         """One section, dequantised: matrices in `dtype`, what must stay exact in float32, hash tables in int32.
+
+        Args:
+            section: which.
+            dtype: of the matrices.
+            skip: keys that begin with it are left out.
+            experts: those to read, all if None; the stacks then hold these alone.
 
         Raises:
             CheckpointError: a value is not finite, a hash table names no expert or one twice, or reading fails.
         """
         self._check_section(section)
         return {
-            parameter.key: self._parameter(section, parameter, dtype)
+            parameter.key: self._parameter(section, parameter, dtype, experts)
             for parameter in section_parameters(self.config, section)
+            if skip is None or not parameter.key.startswith(skip)
         }
+
+    def expert(
+        self, section: Section, index: int, dtype: ParameterDType = "float32"
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One routed expert's w1 [I, d], w2 [d, I] and w3 [I, d], dequantised.
+
+        Raises:
+            CheckpointError: as `section`.
+        """
+        self._check_section(section)
+        matrices = {
+            parameter.key: self._values(list(stored_tensors(section, parameter, self.spelling))[index])
+            for parameter in section_parameters(self.config, section)
+            if parameter.storage is Storage.EXPERT
+        }
+        target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+        w1, w2, w3 = (matrices[f"ffn.experts.w{n}.weight"].astype(target, copy=False) for n in (1, 2, 3))
+        return w1, w2, w3
 
     def native(self, section: Section) -> dict[str, np.ndarray]:
         """One section with the bytes of the files: FP4 codes as int8, scales under `attn.wq_a.scale` and the like.
@@ -97,16 +152,19 @@ class Checkpoint:
         return tensors
 
     # ---- one parameter -------------------------------------------------------------------------------------------
-    def _parameter(self, section: Section, parameter: ParameterSpec, dtype: ParameterDType) -> np.ndarray:
+    def _parameter(
+        self, section: Section, parameter: ParameterSpec, dtype: ParameterDType, chosen: range | None
+    ) -> np.ndarray:
         stored = list(stored_tensors(section, parameter, self.spelling))
         if parameter.storage is Storage.TABLE:
             table = self.inventory[stored[0].name].read()
-            self._check_table(stored[0].name, table)
+            self.check_table(stored[0].name, table)
             return table.astype(np.int32)
         target = ml_dtypes.bfloat16 if dtype == "bfloat16" and not parameter.storage.is_float32 else np.float32
         if parameter.storage is not Storage.EXPERT:
             return self._values(stored[0]).astype(target, copy=False)
-        experts = np.empty(parameter.shape, target)
+        stored = stored if chosen is None else stored[chosen.start : chosen.stop]
+        experts = np.empty((len(stored), *parameter.shape[1:]), target)
         for expert, one in zip(experts, stored, strict=True):
             expert[...] = self._values(one)
         return experts
@@ -120,7 +178,7 @@ class Checkpoint:
             is_fp4 = info.dtype == "I8"
             values = decode_fp4(values, scales) if is_fp4 else decode_fp8(values, scales, fp8_tile(self.config))
         values = values[stored.rows or slice(None)]
-        _check_finite(stored.name, values)
+        check_finite(stored.name, values)
         return values
 
     def _native_parameter(self, section: Section, parameter: ParameterSpec) -> dict[str, np.ndarray]:
@@ -128,7 +186,7 @@ class Checkpoint:
         if parameter.storage is not Storage.EXPERT:
             tensors = self._native_values(parameter.key, stored[0])
             if parameter.storage is Storage.TABLE:
-                self._check_table(stored[0].name, tensors[parameter.key])
+                self.check_table(stored[0].name, tensors[parameter.key])
             return tensors
         stacks: dict[str, np.ndarray] = {}
         for expert, one in enumerate(stored):
@@ -142,11 +200,11 @@ class Checkpoint:
         """A stored weight under its key and, if it has one, its scale."""
         info, scale = self.inventory[stored.name], self._scale(stored)
         tensors = {key: info.read(stored.slab)[stored.rows or slice(None)]}
-        _check_finite(info.name, tensors[key])
+        check_finite(info.name, tensors[key])
         if scale is not None:
             name, values = scale
             tensors[scale_key(key)] = values[self._scale_rows(stored, info)]
-            _check_finite(name, tensors[scale_key(key)])
+            check_finite(name, tensors[scale_key(key)])
         return tensors
 
     def _scale_rows(self, stored: StoredTensor, info: TensorInfo) -> slice:
@@ -177,7 +235,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: the checkpoint has no MTP block that can be used; leave out MTP")
         raise IndexError(f"section {section}: the model has {self.config.num_hidden_layers} layers")
 
-    def _check_table(self, name: str, table: np.ndarray) -> None:
+    def check_table(self, name: str, table: np.ndarray, first_token: int = 0) -> None:
+        """Refuses rows of a hash table, those from `first_token` on, that name no expert or one twice.
+
+        Raises:
+            CheckpointError: there are some; the message names the tensor.
+        """
         experts = self.config.n_routed_experts
         outside = (table < 0) | (table >= experts)
         if outside.any():
@@ -189,12 +252,17 @@ class Checkpoint:
         if twice.any():
             token = int(twice.argmax())
             raise CheckpointError(
-                f"{name}: token {token} has one expert twice ({table[token].tolist()}), need distinct ones; the table "
-                "was never filled or is damaged: take it from the released checkpoint"
+                f"{name}: token {first_token + token} has one expert twice ({table[token].tolist()}), need distinct "
+                "ones; the table was never filled or is damaged: take it from the released checkpoint"
             )
 
 
-def _check_finite(name: str, values: np.ndarray) -> None:
+def check_finite(name: str, values: np.ndarray) -> None:
+    """Refuses NaN and infinity in any stored float dtype; integers pass.
+
+    Raises:
+        CheckpointError: there are some; the message names the tensor.
+    """
     if values.dtype == ml_dtypes.float8_e8m0fnu:
         is_finite = values.view(np.uint8) != 255
     elif values.dtype == ml_dtypes.bfloat16:
@@ -214,7 +282,7 @@ def _check_finite(name: str, values: np.ndarray) -> None:
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path | Location) -> Checkpoint:
     """Opens a Hugging Face directory, a v4jax directory, or one safetensors file beside its `config.json`.
 
     Raises:
@@ -222,14 +290,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: files are missing, damaged or half-written, or the tensors do not fit the config; all
             missing, extra, mis-shaped and mis-typed ones are listed together.
     """
-    path = Path(path)
+    path = locate(path)
+    if isinstance(path, Path):
+        check_link(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory; give a model directory")
     if is_v4jax_directory(path):
         inventory = _read_v4jax(path)
     else:
         inventory = read_shards(path) if path.is_dir() else read_header(path)
-    config = ModelConfig.from_hf(path if path.is_dir() else path.parent)
+    config = ModelConfig.from_hf(config_source(path if path.is_dir() else path.parent))
     spelling = detect_spelling(inventory)
     if spelling is None:
         raise CheckpointError(
@@ -245,19 +315,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         notes.append(
             f"DSpark speculative head ignored: {len(mtp)} tensors (mtp.*), {size:,} bytes; the backbone is complete"
         )
+    elif config.has_dspark:
+        notes.append("no DSpark speculative head in the files; the backbone is complete")
     elif config.num_mtp_layers and not mtp:
         config = config.without_mtp()
         notes.append("no MTP block in the files (transformers drops it when saving); the backbone is complete")
     notes += check_inventory(path, config, spelling, inventory, ignored)
+    if path.is_dir() and not is_v4jax_directory(path):
+        notes += notes_on_index(path, inventory)
     return Checkpoint(path, config, spelling, inventory, ignored, tuple(notes))
 
 
-def is_v4jax_directory(path: Path) -> bool:
+def is_v4jax_directory(path: Any) -> bool:
     """Whether this is a v4jax model directory, complete or not."""
     return (path / MANIFEST).is_file() or (path / "layers").is_dir() or (path / section_file("top")).is_file()
 
 
-def _read_v4jax(directory: Path) -> dict[str, TensorInfo]:
+def _read_v4jax(directory: Any) -> dict[str, TensorInfo]:
     manifest = read_manifest(directory)
     for name, record in manifest["files"].items():
         file = directory / name
@@ -268,7 +342,7 @@ def _read_v4jax(directory: Path) -> dict[str, TensorInfo]:
     return join(read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors"))
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Any) -> dict[str, Any]:
     """A v4jax directory's `conversion.json`.
 
     Raises:
@@ -290,6 +364,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     is_valid = isinstance(files, dict) and all(
         isinstance(record, dict) and isinstance(record.get("bytes"), int) for record in files.values()
     )
+    outside = [name for name in files or () if name.startswith("/") or ".." in name.split("/")] if is_valid else []
+    if outside:
+        raise CheckpointError(f"{file}: names {outside[0]!r}, need files of this directory; convert again")
     if not is_valid:
         raise CheckpointError(f"{file}: need the sizes of the files under 'files'; convert again")
     return manifest

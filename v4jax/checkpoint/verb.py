@@ -2,55 +2,100 @@
 
 import dataclasses
 import re
-from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
 from v4jax.checkpoint.convert import convert
+from v4jax.checkpoint.layout import Layout, Weights
+from v4jax.checkpoint.orbax_tree import write_orbax
+from v4jax.checkpoint.writer import Summary
 from v4jax.errors import UsageError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+Place = Annotated[str, tyro.conf.arg(metavar="PATH|URL")]
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Convert a model directory: Hugging Face to v4jax and back, one layer in memory at a time."""
+    """Convert a model directory: Hugging Face to v4jax and back, a few rows of a few matrices in memory at a time."""
 
-    src: tyro.conf.Positional[Path]
-    """Hugging Face directory (any spelling) or v4jax directory."""
-    dst: tyro.conf.Positional[Path]
-    """New or empty directory."""
-    weights: Literal["native", "bf16", "fp32"] = "native"
-    """native keeps the stored bytes, FP8 and FP4 included; bf16 and fp32 dequantise."""
-    to: Literal["v4jax", "hf"] = "v4jax"
-    """v4jax: one file per layer, experts stacked. hf: official names, sharded."""
+    src: tyro.conf.Positional[Place]
+    """Hugging Face directory (any spelling) or v4jax directory; a path or a URL such as gs://bucket/model."""
+    dst: tyro.conf.Positional[Place]
+    """New or empty directory; a path or a URL."""
+    weights: Weights = "native"
+    """native keeps the stored bytes, FP8 and FP4 included (with --base: the base's formats); bf16 and fp32 dequantise;
+    fp4 and fp8 are the released formats with FP4 or FP8 experts: lossless from quantised weights, else rounded."""
+    to: Annotated[str, tyro.conf.arg(metavar="v4jax|hf|orbax")] = "v4jax"
+    """v4jax: one file per layer, experts stacked. hf: sharded. orbax: one uncompressed tree, held in memory."""
+    layout: Layout = "official"
+    """Names of --to hf: the released ones, or those of transformers' modules."""
     shard_size: str = "5GB"
     """Size at which --to hf begins a new file."""
+    max_memory: str = "2GiB"
+    """What buffers may take, beside the interpreter itself."""
+    base: Place | None = None
+    """The checkpoint that SRC was fine-tuned from: tensors with its values keep its bytes, others are quantised."""
+    resume: bool = False
+    """Go on after an interruption; finished files are checked by their checksums."""
+    verify: bool = False
+    """Then compare every tensor with its source and run a forward pass, one layer in memory at a time. On a finished
+    DST this is all that is done."""
 
 
 def run(options: Options) -> None:
-    """Converts, with a progress bar, and says what was written."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    max_shard_bytes = parse_size(options.shard_size)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("converting")
-        summary = convert(
-            options.src,
-            options.dst,
-            weights=options.weights,
-            to=options.to,
-            max_shard_bytes=max_shard_bytes,
-            progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=name),
-        )
+    """Converts, with a progress bar, verifies if asked, and says what was written."""
+    if options.to not in ("v4jax", "hf", "orbax"):
+        raise UsageError(f"--to: got {options.to!r}, need v4jax, hf or orbax")
+    shard_bytes = parse_size(options.shard_size)
+    max_memory = parse_size(options.max_memory, "--max-memory")
+    if options.to == "orbax":
+        if options.resume or options.verify or options.base or options.layout != "official":
+            raise UsageError("--to orbax has no --resume, --verify, --base or --layout: leave them out")
+        summary = write_orbax(options.src, options.dst, weights=options.weights, max_memory=max_memory)
+    else:
+        summary = _convert(options, shard_bytes, max_memory)
     for note in summary.notes:
         print(f"note: {note}")
     print(f"{summary.path}: {summary.tensors:,} tensors, {summary.nbytes:,} bytes in {len(summary.files)} files")
+    if options.verify:
+        from v4jax.verify import verify_and_print
+
+        verify_and_print(options.dst, source=options.src)
 
 
-def parse_size(text: str) -> int:
+def _convert(options: Options, shard_bytes: int, max_memory: int) -> Summary:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("converting", total=None)
+        return convert(
+            options.src,
+            options.dst,
+            weights=options.weights,
+            to="hf" if options.to == "hf" else "v4jax",
+            layout=options.layout,
+            max_shard_bytes=shard_bytes,
+            max_memory=max_memory,
+            base=options.base,
+            resume=options.resume,
+            keep_finished=options.verify,
+            progress=lambda done, total, name: bar.update(task, description=f"{name} {done}/{total}"),
+            on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def parse_size(text: str, flag: str = "--shard-size") -> int:
     """Bytes of `5GB`, `500 MiB` or a plain number.
 
     Raises:
@@ -59,5 +104,5 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.strip().upper())
     size = int(match[1]) * _UNITS[match[2] or ""] if match else 0
     if size == 0:
-        raise UsageError(f"--shard-size: got {text!r}, need a positive size such as 5GB or 500MiB")
+        raise UsageError(f"{flag}: got {text!r}, need a positive size such as 5GB or 500MiB")
     return size

@@ -4,22 +4,21 @@ Every file appears under its name only when it is whole, and the file that makes
 v4jax's `conversion.json`, Hugging Face's `config.json`.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from v4jax.checkpoint.assets import copy_assets
+from v4jax.checkpoint.location import Location, locate, write_json, writing
 from v4jax.checkpoint.names import (
     Section,
     Storage,
@@ -42,24 +41,13 @@ Tensors = Mapping[str, Any]
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
-_ASSETS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "LICENSE",
-)
-_ASSET_FOLDERS = ("encoding",)
-_HASH_CHUNK = 1 << 24
-
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What was written."""
 
-    path: Path
+    path: Any
+    """The directory: a `Path`, or a `RemotePath` in an object store."""
     files: dict[str, dict[str, Any]]
     """`bytes` and `sha256` of each safetensors file."""
     tensors: int
@@ -169,7 +157,7 @@ def dequantised_config(config: ModelConfig, weights: Literal["bf16", "fp32"]) ->
 
 # ---- v4jax -----------------------------------------------------------------------------------------------------------
 def write_v4jax(
-    path: str | Path,
+    destination: str | Path,
     config: ModelConfig,
     stream: Iterable[tuple[Section, dict[str, np.ndarray]]],
     *,
@@ -182,7 +170,7 @@ def write_v4jax(
     """Writes sections, as they come, into a v4jax directory.
 
     Args:
-        path: a new or empty directory.
+        destination: a new or empty directory.
         config: written as `config.json`.
         stream: sections with the arrays as they are to be stored.
         weights: what was chosen, for the record.
@@ -194,7 +182,7 @@ def write_v4jax(
     Raises:
         CheckpointError: the destination is not empty or cannot be written.
     """
-    path = prepare_destination(path)
+    path = prepare_destination(destination)
     files, count, nbytes, total = {}, 0, 0, len(sections(config))
     for done, (section, tensors) in enumerate(stream, start=1):
         name = section_file(section)
@@ -203,8 +191,9 @@ def write_v4jax(
         count, nbytes = count + len(tensors), nbytes + sum(array.nbytes for array in tensors.values())
         if progress:
             progress(done, total, section_name(section))
-    _copy_assets(assets_from, path)
-    _write_json(path / "config.json", config.to_hf())
+    if assets_from is not None:
+        copy_assets(locate(assets_from), path)
+    write_json(path / "config.json", config.to_hf())
     summary = Summary(path, files, count, nbytes, tuple(notes))
     manifest = {
         "format": "v4jax",
@@ -217,13 +206,13 @@ def write_v4jax(
         "notes": list(notes),
         "status": "complete",
     }
-    _write_json(path / MANIFEST, manifest)
+    write_json(path / MANIFEST, manifest)
     return summary
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
 def write_hf(
-    path: str | Path,
+    destination: str | Path,
     config: ModelConfig,
     stream: Iterable[tuple[Section, dict[str, np.ndarray]]],
     *,
@@ -237,7 +226,7 @@ def write_hf(
     Arguments and errors as for `write_v4jax`; a shard exceeds `max_shard_bytes` only if one tensor does. A single shard
     is called `model.safetensors` and needs no index.
     """
-    path = prepare_destination(path)
+    path = prepare_destination(destination)
     shards: list[tuple[Path, dict[str, Any], list[str]]] = []
     pending: dict[str, np.ndarray] = {}
     size = nbytes = 0
@@ -261,14 +250,15 @@ def write_hf(
     files, weight_map = {}, {}
     for number, (file, record, names) in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        with _writing(path / name):
+        with writing(path / name):
             file.replace(path / name)
         files[name] = record
         weight_map |= dict.fromkeys(names, name)
     if len(shards) > 1:
-        _write_json(path / INDEX_FILE, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
-    _copy_assets(assets_from, path)
-    _write_json(path / "config.json", config.to_hf())
+        write_json(path / INDEX_FILE, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
+    if assets_from is not None:
+        copy_assets(locate(assets_from), path)
+    write_json(path / "config.json", config.to_hf())
     return Summary(path, files, len(weight_map), nbytes, tuple(notes))
 
 
@@ -283,39 +273,26 @@ def _unstacked(section: Section, tensors: Mapping[str, np.ndarray]) -> Iterator[
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-def prepare_destination(path: str | Path) -> Path:
+def prepare_destination(path: str | Path | Location) -> Any:
     """Makes the directory to write into.
 
     Raises:
         CheckpointError: it exists and is not an empty directory, or cannot be made or written.
     """
-    path = Path(path)
-    with _writing(path):
-        if path.is_dir() and any(path.iterdir()):
-            raise CheckpointError(f"{path}: exists and is not empty; remove it or give another output directory")
-        path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{path}: no permission to write; change that or give another output directory")
-    return path
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong in writing into a message for the user."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        remedy = "give another output directory or change its permissions"
-        if "space" in text or "quota" in text.lower():
-            remedy = "free disk space or give another output directory, and remove what is unfinished there"
-        raise CheckpointError(f"{path}: cannot be written ({text}); {remedy}") from None
+    place = locate(path)
+    with writing(place):
+        if place.is_dir() and any(place.iterdir()):
+            raise CheckpointError(f"{place}: exists and is not empty; remove it or give another output directory")
+        place.mkdir(parents=True, exist_ok=True)
+    if isinstance(place, Path) and not os.access(place, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{place}: no permission to write; change that or give another output directory")
+    return place
 
 
 def _write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Writes a safetensors file that appears only when whole; returns its size and checksum."""
     partial = file.with_name(f"{file.name}.partial")
-    with _writing(file):
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         # The library writes each array's buffer as it lies, whatever its strides.
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -329,31 +306,6 @@ def _sync_and_hash(file: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())
-        while chunk := stream.read(_HASH_CHUNK):
+        while chunk := stream.read(1 << 24):
             digest.update(chunk)
         return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
-
-
-def _write_json(file: Path, data: Any) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    with _writing(file):
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(data, indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-
-
-def _copy_assets(source: str | Path | None, destination: Path) -> None:
-    if source is None:
-        return
-    found = [Path(source) / name for name in _ASSETS]
-    for folder in _ASSET_FOLDERS:
-        for parent, _, names in os.walk(Path(source) / folder):  # does not follow links to directories, so no loops
-            found += [Path(parent) / name for name in names if not name.endswith(".pyc")]
-    for file in found:
-        if file.is_file():
-            target = destination / file.relative_to(source)
-            with _writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
