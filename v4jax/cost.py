@@ -55,7 +55,7 @@ def workload_flops(config: ModelConfig, work: Workload) -> float:
     tokens = work.batch * work.length
     head = 2 * config.vocab_size * config.hidden_size
     weights = 2 * _active_weights(config, config.num_experts_per_tok, is_counted=_is_multiplied) - head
-    attention, index = _attention_flops(config, work.length)
+    attention, index = attention_flops(config, work.length)
     index_weights = 2 * _active_weights(
         config, 0, is_counted=lambda key, shape: ".indexer." in key and _is_multiplied(key, shape)
     )
@@ -78,11 +78,16 @@ def _active_weights(config: ModelConfig, experts: float, is_counted: Callable[[s
     return total
 
 
+def active_weights(config: ModelConfig, experts: float) -> float:
+    """Elements of the matrices that a token of the backbone is multiplied with, `experts` routed experts per layer."""
+    return _active_weights(config, experts, is_counted=_is_multiplied)
+
+
 def _is_multiplied(key: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and not key.endswith("ape")
 
 
-def _attention_flops(config: ModelConfig, length: int) -> tuple[int, int]:
+def attention_flops(config: ModelConfig, length: int) -> tuple[int, int]:
     """(attention, indexer) FLOPs of one sequence: scores and values per visible key, index scores per visible entry."""
     position = np.arange(1, length + 1)
     window = np.minimum(position, config.sliding_window).sum()
