@@ -14,6 +14,11 @@ from jaxtyping import Array, Bool, Int, Shaped
 from v4jax.config import LayerSpec, ModelConfig, SegmentSpec, layer_plan, mtp_plan, plan_segments
 from v4jax.dtypes import DTypePolicy
 
+Leaf = Any
+"""An array; or, in a tree that describes a cache, its `ShapeDtypeStruct`, spec or sharding."""
+
+_LANES, _TILE = 128, 16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +28,8 @@ class CompressorState:
     A ring over the last `slots` positions; a gate of −inf marks a row that no token has filled.
     """
 
-    kv: jax.Array
-    gate: jax.Array
+    kv: Leaf
+    gate: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -32,14 +37,17 @@ class CompressorState:
 class LayerCache:
     """What one layer remembers of each sequence. Fields a layer kind does not need are None."""
 
-    window: jax.Array
+    window: Leaf
     """[B, W, H]: rotated keys (= values) of the last W tokens."""
-    entries: jax.Array | None = None
-    """[B, P, H]: compressed entries in order."""
+    entries: Leaf = None
+    """[B, P, H]: compressed entries in order. Where single ones are selected and H is a multiple of 128, they are
+    [B, P, H / 128, 128], which lies in a TPU's memory row by row."""
     state: CompressorState | None = None
-    index_keys: jax.Array | None = None
+    index_keys: Leaf = None
     """[B, P, index H]: the indexer's entries."""
     index_state: CompressorState | None = None
+    layer: Leaf = None
+    """int32 scalar in a view of one layer of a stack (`layer_view`), whose window and entries are still the stack's."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +56,7 @@ class MTPCache:
     """State of an MTP block: its window, and the streams of the last token, whose successor was not yet known."""
 
     layer: LayerCache
-    streams: jax.Array
+    streams: Leaf
     """[B, C, D]."""
 
 
@@ -59,22 +67,31 @@ class Cache:
 
     segments: tuple[tuple[LayerCache, ...], ...]
     mtp: tuple[MTPCache, ...]
-    length: jax.Array
+    length: Leaf
     """int32 [B]: tokens seen by each sequence."""
     max_length: int = dataclasses.field(metadata={"static": True})
 
 
-def init_cache(config: ModelConfig, batch: int, max_length: int, policy: DTypePolicy, *, stacked: bool = True) -> Cache:
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    max_length: int,
+    policy: DTypePolicy,
+    *,
+    stacked: bool = True,
+    entry_multiple: int = 1,
+) -> Cache:
     """Empty state for `batch` sequences of at most `max_length` tokens.
 
     Args:
       stacked: one array per segment position, as the stacked model needs; else one per layer.
+      entry_multiple: what the number of entries of each layer is rounded up to a multiple of.
     """
     plan = layer_plan(config)
     segments = plan_segments(plan) if stacked else tuple(SegmentSpec((spec,), 1) for spec in plan)
 
     def layer(spec: LayerSpec, repeats: int | None) -> LayerCache:
-        cache = _init_layer(config, spec, batch, max_length, policy)
+        cache = _init_layer(config, spec, batch, max_length, policy, entry_multiple)
         if repeats is None:
             return cache
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)).copy(), cache)
@@ -90,19 +107,25 @@ def init_cache(config: ModelConfig, batch: int, max_length: int, policy: DTypePo
     )
 
 
-def _init_layer(config: ModelConfig, spec: LayerSpec, batch: int, max_length: int, policy: DTypePolicy) -> LayerCache:
+def _init_layer(
+    config: ModelConfig, spec: LayerSpec, batch: int, max_length: int, policy: DTypePolicy, entry_multiple: int
+) -> LayerCache:
     window = jnp.zeros((batch, config.sliding_window, config.head_dim), policy.compute)
     if not spec.ratio:
         return LayerCache(window)
     overlap = 2 if spec.is_overlapped else 1
-    # One entry more than can be complete: a whole spare window never makes an array empty.
-    count = max_length // spec.ratio + 1
+    # One entry more than can be complete: a whole spare window never makes an array empty. Then up to whole tiles of
+    # every device: a TPU would lay out another count with the sequences innermost, and copy it for every kernel.
+    step = entry_multiple * _TILE
+    count = -(-(max_length // spec.ratio + 1) // step) * step
 
     def state(width: int) -> CompressorState:
         shape = (batch, overlap * spec.ratio, overlap * width)
         return CompressorState(jnp.zeros(shape, jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32))
 
-    entries = jnp.zeros((batch, count, config.head_dim), policy.compute)
+    width = config.head_dim
+    row = (width // _LANES, _LANES) if spec.has_indexer and width % _LANES == 0 else (width,)
+    entries = jnp.zeros((batch, count, *row), policy.compute)
     if not spec.has_indexer:
         return LayerCache(window, entries, state(config.head_dim))
     index_keys = jnp.zeros((batch, count, config.index_head_dim), policy.compute)
@@ -140,16 +163,52 @@ def ring_extend(
     return jnp.where(keep, ring, rows)
 
 
-def ring_put(ring: Shaped[Array, "B W *F"], row: Shaped[Array, "B *F"], position: Int[Array, " B"]) -> Any:
-    """The ring after one token at `position`, in place where the ring is donated."""
-    batch = jnp.arange(ring.shape[0])
-    slot = jnp.mod(position, ring.shape[1])
-    return ring.at[batch, slot].set(row.astype(ring.dtype), unique_indices=True, indices_are_sorted=True)
+def ring_put(
+    ring: Shaped[Array, "..."], row: Shaped[Array, "B *F"], position: Int[Array, " B"],
+    layer: Int[Array, ""] | None = None,
+) -> Any:  # fmt: skip
+    """The ring [B, W, …] (with `layer` one of [L, B, W, …]) after one token at `position`, in place where donated."""
+    lead = () if layer is None else (layer,)
+    batch = jnp.arange(ring.shape[len(lead)])
+    slot = jnp.mod(position, ring.shape[len(lead) + 1])
+    place = ring.at[(*lead, batch, slot)]
+    return place.set(row.astype(ring.dtype), unique_indices=True, indices_are_sorted=True)
 
 
 def put_rows(
-    array: Shaped[Array, "B P *F"], rows: Shaped[Array, "B N *F"], index: Int[Array, "B N"], valid: Bool[Array, "B N"]
-) -> Shaped[Array, "B P *F"]:
-    """Writes the valid rows at their indices."""
-    batch = jnp.arange(array.shape[0])[:, None]
-    return array.at[batch, jnp.where(valid, index, array.shape[1])].set(rows.astype(array.dtype), mode="drop")
+    array: Shaped[Array, "..."], rows: Shaped[Array, "B N *F"], index: Int[Array, "B N"], valid: Bool[Array, "B N"],
+    layer: Int[Array, ""] | None = None,
+) -> Shaped[Array, "..."]:  # fmt: skip
+    """Writes the valid rows at their indices into [B, P, …] (with `layer` one of [L, B, P, …]), in its row shape."""
+    lead = () if layer is None else (layer,)
+    batch = jnp.arange(rows.shape[0])[:, None]
+    size, row = array.shape[len(lead) + 1], array.shape[len(lead) + 2 :]
+    rows = rows.astype(array.dtype).reshape(*rows.shape[:2], *row)
+    return array.at[(*lead, batch, jnp.where(valid, index, size))].set(rows, mode="drop")
+
+
+# ---- one layer of a stack --------------------------------------------------------------------------------------------
+_SLICED = ("state", "index_keys", "index_state")
+"""Not the window and the entries: the decode kernel reads those in their stack, and one row per token is written."""
+
+
+def layer_view(stacked: LayerCache, index: Int[Array, ""]) -> LayerCache:
+    """One layer of a stack of caches; window and entries stay whole, with the layer's index beside them."""
+
+    def of_layer(a: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
+
+    sliced = {name: jax.tree.map(of_layer, getattr(stacked, name)) for name in _SLICED}
+    return dataclasses.replace(stacked, **sliced, layer=index)
+
+
+def put_layer(stacked: LayerCache, view: LayerCache) -> LayerCache:
+    """The stack after `view` of it has changed."""
+    index = view.layer
+    assert index is not None
+
+    def put(whole: jax.Array, one: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, one, index, 0)
+
+    put_back = {name: jax.tree.map(put, getattr(stacked, name), getattr(view, name)) for name in _SLICED}
+    return dataclasses.replace(view, **put_back, layer=None)

@@ -10,6 +10,16 @@ from v4jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class NativeWeights:
+    """How a released checkpoint stores its quantised matrices, where a model keeps them so (architecture.md §10)."""
+
+    experts: str
+    """Routed experts: "fp4" or "fp8". All other quantised matrices are FP8."""
+    tile: tuple[int, int] = (128, 128)
+    """Rows and columns per FP8 scale."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class DTypePolicy:
     """Dtypes by purpose (architecture.md §2, §10, §13). Hashable, so that it can be static under jit.
 
@@ -28,6 +38,8 @@ class DTypePolicy:
     softmax: DTypeLike = jnp.float32
     rope: DTypeLike = jnp.float32
     logits: DTypeLike = jnp.float32
+    native: NativeWeights | None = None
+    """Keep quantised matrices in their released bytes, dequantised where they are used; None: in the `param` dtype."""
     quant_sim: bool = False
     """Simulated quantisation of keys, values and index vectors, as the released weights were trained (§12)."""
 

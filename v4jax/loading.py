@@ -1,29 +1,48 @@
 """`v4jax.load`: a model from a Hugging Face directory or a v4jax directory."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from v4jax.checkpoint.inventory import fp8_tile
+from v4jax.checkpoint.names import Section
+from v4jax.checkpoint.placed import load_placed
 from v4jax.checkpoint.reader import Checkpoint, ParameterDType, open_checkpoint
-from v4jax.dtypes import DTypePolicy
+from v4jax.config import ModelConfig
+from v4jax.dtypes import DTypePolicy, NativeWeights
 from v4jax.errors import UserError
 from v4jax.model.transformer import Transformer
+from v4jax.sharding import Placement, Recipe, choose_mesh
 
 DType = Literal["auto", "float32", "bfloat16"]
 QuantSim = Literal["auto", "on", "off"]
+WeightsAtRunTime = Literal["bf16", "native"]
 
 
 def load(
-    path: str | Path, *, dtype: DType = "auto", quant_sim: QuantSim = "auto", stacked: bool | None = None
+    path: str | Path,
+    *,
+    dtype: DType = "auto",
+    quant_sim: QuantSim = "auto",
+    weights: WeightsAtRunTime = "bf16",
+    stacked: bool | None = None,
+    mesh: Mesh | str | None = None,
+    recipe: Recipe = "decode",
 ) -> Transformer:
-    """Reads a checkpoint, dequantising what is stored in FP8 or FP4.
+    """Reads a checkpoint.
 
     Args:
         path: a Hugging Face directory (any of the three spellings) or a v4jax directory.
         dtype: of parameters and arithmetic. "auto" is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
         quant_sim: the simulated quantisation that the released weights were trained with (architecture.md §12). "auto"
             is on iff the checkpoint has FP4 experts and the dtype is bfloat16.
+        weights: "bf16" dequantises what is stored in FP8 or FP4 into the parameters' dtype; "native" keeps the stored
+            bytes in device memory and dequantises inside the step, with the same results.
         stacked: whether segments are stacked for `lax.scan`, or every layer has its own arrays. None: stacked on TPU.
 
     Returns:
@@ -31,34 +50,70 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete or of another model.
+        UserError: the mesh does not divide the model.
     """
     checkpoint = open_checkpoint(path)
-    policy = choose_policy(checkpoint, dtype, quant_sim)
+    policy = choose_policy(checkpoint, dtype, quant_sim, weights)
     if stacked is None:
         stacked = jax.default_backend() == "tpu"
-    return build(checkpoint, policy, stacked=stacked)
+    if isinstance(mesh, str):
+        mesh = choose_mesh(mesh, checkpoint.config, recipe)
+    return build(checkpoint, policy, stacked=stacked, placement=None if mesh is None else Placement(mesh, recipe))
 
 
-def choose_policy(checkpoint: Checkpoint, dtype: DType = "auto", quant_sim: QuantSim = "auto") -> DTypePolicy:
-    """The dtypes that `--dtype` and `--quant-sim` mean for this checkpoint on this platform."""
+def choose_policy(
+    checkpoint: Checkpoint, dtype: DType = "auto", quant_sim: QuantSim = "auto", weights: WeightsAtRunTime = "bf16"
+) -> DTypePolicy:
+    """The dtypes that `--dtype`, `--quant-sim` and `--weights` mean for this checkpoint on this platform."""
     if quant_sim not in ("auto", "on", "off"):
         raise UserError(f"quant_sim: got {quant_sim!r}, need auto, on or off")
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     has_fp4 = checkpoint.config.expert_storage == "fp4"
     is_simulated = quant_sim == "on" or (quant_sim == "auto" and has_fp4 and dtype == "bfloat16")
-    return DTypePolicy.named(dtype, quant_sim=is_simulated)
+    policy = DTypePolicy.named(dtype, quant_sim=is_simulated)
+    if weights not in ("bf16", "native"):
+        raise UserError(f"weights: got {weights!r}, need bf16 or native")
+    return policy if weights == "bf16" else dataclasses.replace(policy, native=native_weights(checkpoint.config))
 
 
-def build(checkpoint: Checkpoint, policy: DTypePolicy, *, stacked: bool) -> Transformer:
-    """The model of an open checkpoint; layers are read one at a time."""
+def native_weights(config: ModelConfig) -> NativeWeights:
+    """How a released checkpoint of this config stores its matrices.
+
+    Raises:
+        UserError: nothing is quantised.
+    """
+    if config.expert_storage is None or config.quantization_config is None:
+        raise UserError(
+            "weights native: the config has no quantization_config, so there are no FP8 or FP4 bytes to keep; "
+            "use weights bf16"
+        )
+    return NativeWeights(config.expert_storage, fp8_tile(config))
+
+
+def read_section(checkpoint: Checkpoint, policy: DTypePolicy, section: Section) -> dict[str, np.ndarray]:
+    """One section of a checkpoint in the form that a model of this policy takes."""
+    if policy.native is not None:
+        return checkpoint.native(section)
+    dtype: ParameterDType = "float32" if policy.param == jnp.float32 else "bfloat16"
+    return checkpoint.section(section, dtype)
+
+
+def build(
+    checkpoint: Checkpoint, policy: DTypePolicy, *, stacked: bool, placement: Placement | None = None
+) -> Transformer:
+    """The model of an open checkpoint; layers are read one at a time, and go to their devices if there is a mesh."""
     config = checkpoint.config
-    dtype: ParameterDType = "float32" if policy.param == jax.numpy.float32 else "bfloat16"
+    if placement is not None:
+        if policy.native is not None:
+            raise UserError("weights native: cannot be loaded onto several devices yet; use weights bf16, or no mesh")
+        dtype: ParameterDType = "float32" if policy.param == jnp.float32 else "bfloat16"
+        return load_placed(checkpoint, policy, dtype, placement, stacked=stacked)
     return Transformer.from_tensors(
         config,
         policy,
-        checkpoint.top(dtype),
-        (checkpoint.layer(n, dtype) for n in range(config.num_hidden_layers)),
-        (checkpoint.mtp(n, dtype) for n in range(config.num_mtp_layers)),
+        read_section(checkpoint, policy, "top"),
+        (read_section(checkpoint, policy, ("layers", n)) for n in range(config.num_hidden_layers)),
+        (read_section(checkpoint, policy, ("mtp", n)) for n in range(config.num_mtp_layers)),
         stacked=stacked,
     )

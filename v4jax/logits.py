@@ -9,22 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from v4jax import ops
+from v4jax import distributed, ops
 from v4jax.cache import Cache
 from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
 from v4jax.compilation import jit
-from v4jax.config import layer_plan
 from v4jax.dtypes import DTypePolicy
 from v4jax.errors import UsageError, UserError
-from v4jax.loading import DType, QuantSim, build, choose_policy
-from v4jax.model.inputs import LayerInputs, full_inputs
-from v4jax.model.layer import DecoderLayer
-from v4jax.model.params import Declare
-from v4jax.model.transformer import Transformer, fill
+from v4jax.loading import DType, QuantSim, WeightsAtRunTime, build, choose_policy
+from v4jax.model.transformer import Transformer
+from v4jax.parallel import on_host
+from v4jax.sharding import Placement, choose_mesh
+from v4jax.streaming import Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +41,14 @@ class Options:
     """auto: float32 on CPU, bfloat16 elsewhere."""
     quant_sim: QuantSim = "auto"
     """Simulated quantisation: auto is on for FP4 checkpoints in bfloat16; a bare --quant-sim means on."""
+    weights: WeightsAtRunTime = "bf16"
+    """native keeps FP8 and FP4 bytes in memory and dequantises inside the step; bf16 dequantises while loading."""
     chunks: str | None = None
     """Comma-separated chunk lengths that sum to S: run through the decode cache in these pieces."""
     stream: bool = False
     """Hold one layer at a time, for models larger than memory."""
+    mesh: str | None = None
+    """Devices to divide the model over, such as data=2,expert=4; chosen from their number if not given."""
     implementation: tuple[str, ...] = ()
     """op=pallas|xla|reference, to force an implementation."""
 
@@ -55,20 +57,27 @@ def run(options: Options) -> None:
     """The verb."""
     if options.stream and options.chunks is not None:
         raise UsageError("--stream holds one layer at a time and has no cache for --chunks: give one of them")
+    if options.stream and options.mesh is not None:
+        raise UsageError("--stream holds one layer at a time, on one device: leave out --mesh")
+    if options.stream and options.weights == "native":
+        raise UsageError("--stream reads and dequantises one expert at a time: leave out --weights native")
     check_writable(options.out)
     checkpoint = open_checkpoint(options.path)
     if options.mtp and not checkpoint.config.num_mtp_layers:
         raise UserError(f"--mtp: {options.path} has no MTP block; leave the flag out")
     tokens = read_tokens(options.tokens, checkpoint.config.vocab_size, checkpoint.config.max_position_embeddings)
     chunks = None if options.chunks is None else parse_chunks(options.chunks, tokens.shape[1])
-    policy = choose_policy(checkpoint, options.dtype, options.quant_sim)
+    policy = choose_policy(checkpoint, options.dtype, options.quant_sim, options.weights)
     with ops.implementations(options.implementation):
         if options.stream:
             results = stream_logits(checkpoint, policy, tokens, mtp=options.mtp)
         else:
-            model = build(checkpoint, policy, stacked=False)
+            mesh = choose_mesh(options.mesh, checkpoint.config, "prefill")
+            placement = None if mesh is None else Placement(mesh, "prefill")
+            model = build(checkpoint, policy, stacked=False, placement=placement)
             results = all_logits(model, tokens, mtp=options.mtp, chunks=chunks)
-    write_atomically(options.out, results)
+    if distributed.is_first():
+        write_atomically(options.out, results)
 
 
 def read_tokens(file: Path, vocab_size: int, context: int) -> np.ndarray:
@@ -108,18 +117,17 @@ def all_logits(
 ) -> dict[str, np.ndarray]:
     """`logits` [B, S, V] and, with `mtp`, `mtp_logits` [B, S−1, V]; through the decode cache if `chunks` are given."""
     if chunks is None:
-        ids = jnp.asarray(tokens)
-        results = {"logits": np.asarray(model(ids))}
-        return results | ({"mtp_logits": np.asarray(model.mtp_logits(ids))} if mtp else {})
+        results = {"logits": on_host(model(tokens))}
+        return results | ({"mtp_logits": on_host(model.mtp_logits(tokens))} if mtp else {})
     cache = model.init_cache(*tokens.shape)
     pieces: dict[str, list[np.ndarray]] = {"logits": [], "mtp_logits": []}
     start = 0
     for size in chunks:
         logits, mtp_logits, cache = _chunk(model, tokens[:, start : start + size], cache, mtp=mtp)
-        pieces["logits"].append(np.asarray(logits))
+        pieces["logits"].append(on_host(logits))
         if mtp_logits is not None:
             # The MTP block lags by one token: the first chunk's last row is still padding.
-            pieces["mtp_logits"].append(np.asarray(mtp_logits)[:, : size - (start == 0)])
+            pieces["mtp_logits"].append(on_host(mtp_logits)[:, : size - (start == 0)])
         start += size
     return {name: np.concatenate(parts, axis=1) for name, parts in pieces.items() if parts}
 
@@ -135,29 +143,15 @@ def _chunk(model: Transformer, tokens: jax.Array, cache: Cache, *, mtp: bool) ->
     return model.logits(output.hidden), mtp_logits, cache
 
 
-@jit
-def _layer(layer: DecoderLayer, streams: jax.Array, inputs: LayerInputs) -> jax.Array:
-    return layer(streams, inputs)[0]
-
-
 def stream_logits(
     checkpoint: Checkpoint, policy: DTypePolicy, tokens: np.ndarray, *, mtp: bool = False
 ) -> dict[str, np.ndarray]:
-    """`all_logits` holding the weights of the top and of one layer at a time."""
-    config = checkpoint.config
-    shell = Transformer(config, policy, stacked=False)
-    dtype = "float32" if policy.param == jnp.float32 else "bfloat16"
-    fill(shell, checkpoint.top(dtype), skip=("segments", "mtp"))
-    inputs = full_inputs(config, jnp.asarray(tokens), None)
-    streams = jnp.repeat(shell.embed(inputs.tokens)[:, :, None], config.hc_mult, axis=2)
-    for n, spec in enumerate(layer_plan(config)):
-        layer = DecoderLayer(config, spec, Declare(policy))
-        fill(layer, checkpoint.layer(n, dtype))
-        streams = _layer(layer, streams, inputs)
-    results = {"logits": np.asarray(shell.head_logits(streams))}
+    """`all_logits` holding the weights of the top and of one layer at a time, of its experts one."""
+    stream = Stream(checkpoint, policy, tokens)
+    *_, last = stream.layers()
+    results = {"logits": stream.logits(last.streams)}
     if mtp:
-        fill(shell.mtp[0], checkpoint.mtp(0, dtype))
-        results["mtp_logits"] = np.asarray(shell.logits(shell.mtp_hidden(streams, jnp.asarray(tokens))))
+        results["mtp_logits"] = stream.mtp_logits(last.streams)
     return results
 
 

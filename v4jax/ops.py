@@ -15,21 +15,29 @@ from kernels_pallas import index_topk as _index_topk
 from kernels_pallas import sparse_attention as _sparse_attention
 from kernels_pallas.dispatch import parse_overrides
 from kernels_pallas.grouped_experts.reference import swiglu
-from kernels_pallas.hyper_connection import Maps
+from kernels_pallas.grouped_experts.stacks import ExpertStack, k_major
+from kernels_pallas.hyper_connection import unpack_maps
+from kernels_pallas.index_topk.reference import scores as index_scores
+from kernels_pallas.sparse_attention import merge_partials
 from v4jax.errors import UsageError
 
 __all__ = [
-    "Maps",
+    "ExpertStack",
     "forced_implementations",
     "grouped_experts",
-    "hyper_connection_head",
-    "hyper_connection_read",
+    "hyper_connection_leave",
+    "hyper_connection_seam",
     "hyper_connection_write",
     "implementations",
+    "index_scores",
     "index_topk",
+    "index_topk_decode",
+    "k_major",
+    "merge_partials",
     "sparse_attention",
     "sparse_attention_decode",
     "swiglu",
+    "unpack_maps",
 ]
 
 _OVERRIDES: ContextVar[dict[str, str] | None] = ContextVar("implementation overrides", default=None)
@@ -68,8 +76,9 @@ def _switched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 grouped_experts = _switched("grouped_experts", _grouped_experts.grouped_experts)
 index_topk = _switched("index_topk", _index_topk.index_topk)
+index_topk_decode = _switched("index_topk_decode", _index_topk.index_topk_decode)
 sparse_attention = _switched("sparse_attention", _sparse_attention.sparse_attention)
 sparse_attention_decode = _switched("sparse_attention_decode", _sparse_attention.sparse_attention_decode)
-hyper_connection_read = _switched("hyper_connection_read", _hyper_connection.read)
+hyper_connection_seam = _switched("hyper_connection_seam", _hyper_connection.seam)
+hyper_connection_leave = _switched("hyper_connection_leave", _hyper_connection.leave)
 hyper_connection_write = _switched("hyper_connection_write", _hyper_connection.write)
-hyper_connection_head = _switched("hyper_connection_head", _hyper_connection.head)

@@ -1,7 +1,8 @@
-"""Simulated quantisation, as the released weights were trained with and the official code applies it.
+"""Quantised parameters, and simulated quantisation as the released weights were trained with.
 
-The rounding itself is `kernels_pallas.formats` (architecture.md §12); here are the two places where the model uses it,
-with gradients passed straight through, and the refusal of sizes for which it is not defined.
+The codecs are `kernels_pallas.formats` (architecture.md §12); here are the variables that hold released bytes, the two
+places where the model rounds activations, with gradients passed straight through, and the refusal of sizes for which
+that is not defined.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,28 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.formats import FP4_BLOCK, fp4_round_trip, fp8_round_trip
 from v4jax.config import ConfigError, ModelConfig
+
+
+class Codes(nnx.Variable):
+    """Codes of a quantised matrix: float8_e4m3fn, or int8 holding two FP4 codes. Never differentiated."""
+
+
+class Scales(nnx.Variable):
+    """Scales of a quantised matrix, in the dtype of the checkpoint. Divided over a mesh like the matrix."""
+
+
+class PackedCodes(Codes):
+    """FP4 codes of experts as `ExpertStack` has them: [in / 2, out], the file's last two axes swapped."""
+
+
+class PackedScales(Scales):
+    """Their scales, [in / 32, out]."""
+
 
 KV_BLOCK = 64
 """Channels per scale of the simulated FP8 key-value cache."""

@@ -10,10 +10,12 @@ from v4jax.cli import VERBS
 ARGUMENTS = {
     "info": [],
     "convert": ["{out}"],
+    "verify": ["--source", "/nowhere/source"],
     "logits": ["--tokens", "tokens.npy", "--out", "{out}.npz"],
     "generate": ["--prompt", "def"],
     "finetune": ["--data", "stdlib", "--out", "{out}", "--recipe", "quickstart", "--sequence-length", "32"],
     "evaluate": ["--data", "stdlib"],
+    "plan": ["--topology", "v6e:2x2", "--step", "decode", "--batch", "1", "--context", "256"],
 }
 
 

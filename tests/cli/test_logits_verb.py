@@ -154,6 +154,11 @@ def test_chunks_of_a_stream(v4jax, model_directory, tmp_path):
     _check_refused(v4jax, model_directory, tmp_path, "--stream", "--stream", "--chunks", "4", code=2)
 
 
+def test_native_weights_of_a_stream(v4jax, model_directory, tmp_path):
+    np.save(tmp_path / "tokens.npy", _array(1, 4))
+    _check_refused(v4jax, model_directory, tmp_path, "--weights native", "--stream", "--weights", "native", code=2)
+
+
 @pytest.mark.parametrize("arguments", [[], ["--stream"], ["--chunks", "4"]], ids=["plain", "stream", "chunks"])
 def test_mtp_logits_of_a_model_without_mtp(v4jax, model_without_mtp, tmp_path, arguments):
     np.save(tmp_path / "tokens.npy", _array(1, 4))

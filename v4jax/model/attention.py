@@ -4,19 +4,28 @@ One class for every layer kind; the static `LayerSpec` decides which parts exist
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from v4jax import ops
-from v4jax.cache import CompressorState, LayerCache, put_rows, ring_extend, ring_positions, ring_put, ring_rows
+from v4jax import ops, parallel
+from v4jax.cache import CompressorState, LayerCache, ring_extend, ring_put, ring_rows
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.compressor import Compressor, Entries
 from v4jax.model.indexer import Indexer
 from v4jax.model.inputs import LayerInputs
 from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, dot, rms_scale
+from v4jax.model.placed_attention import (
+    first_place,
+    join_entries,
+    merged_attention,
+    merged_selection,
+    own_selection,
+    put_entries,
+)
 from v4jax.model.rope import over_heads, rotate
 from v4jax.quant import simulate_kv
 
@@ -28,14 +37,18 @@ class Attention(nnx.Module):
         self.config, self.spec, self.policy = config, spec, declare.policy
         heads, dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
         group_in = config.heads_per_group * dim
-        self.wq_a = Linear(hidden, config.q_lora_rank, ("q_lora", "hidden"), declare)
+        self.wq_a = Linear(hidden, config.q_lora_rank, ("q_lora", "hidden"), declare, released_in_fp8=True)
         self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, declare)
-        self.wq_b = Linear(config.q_lora_rank, heads * dim, ("heads", "q_lora"), declare)
-        self.wkv = Linear(hidden, dim, (None, "hidden"), declare)
+        self.wq_b = Linear(config.q_lora_rank, heads * dim, ("heads", "q_lora"), declare, released_in_fp8=True)
+        self.wkv = Linear(hidden, dim, (None, "hidden"), declare, released_in_fp8=True)
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps, declare)
         self.attn_sink = declare((heads,), axes=("heads",), role=Role.SINK, init=Constant(0.0))
-        self.wo_a = Linear(group_in, config.o_groups * config.o_lora_rank, ("o_groups", None), declare)
-        self.wo_b = Linear(config.o_groups * config.o_lora_rank, hidden, ("hidden", "o_groups"), declare)
+        self.wo_a = Linear(
+            group_in, config.o_groups * config.o_lora_rank, ("o_groups", None), declare, released_in_fp8=True
+        )
+        self.wo_b = Linear(
+            config.o_groups * config.o_lora_rank, hidden, ("hidden", "o_groups"), declare, released_in_fp8=True
+        )
         if spec.ratio:
             self.compressor = Compressor(config, spec, dim, declare, is_index=False)
         if spec.has_indexer:
@@ -56,7 +69,7 @@ class Attention(nnx.Module):
         """
         turn = inputs.turn(self.spec.ratio)
         latent = self.q_norm(self.wq_a(x))
-        q = self.wq_b(latent).reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
+        q = self.wq_b(latent).reshape(*x.shape[:2], -1, self.config.head_dim)
         q = q.astype(self.policy.norm)
         q = (q * rms_scale(q, self.config.rms_norm_eps)).astype(self.policy.compute)
         q = rotate(q, over_heads(turn))
@@ -73,11 +86,12 @@ class Attention(nnx.Module):
 
     def _project_out(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Each group of heads through its own matrix, then all groups together."""
-        groups, rank = self.config.o_groups, self.config.o_lora_rank
+        rank = self.config.o_lora_rank
+        groups = self.wo_a.weight.shape[0] // rank
         grouped = out.reshape(*out.shape[:2], groups, -1)
-        weight = self.wo_a.weight[...].reshape(groups, rank, -1)
+        weight = self.wo_a.matrix.reshape(groups, rank, -1)
         latent = [dot(grouped[:, :, g], weight[g], self.policy) for g in range(groups)]
-        return self.wo_b(jnp.concatenate(latent, axis=-1))
+        return self.wo_b(jnp.concatenate(latent, axis=-1), summed_over=parallel.axes("o_groups"))
 
     @property
     def _scale(self) -> float:
@@ -87,9 +101,31 @@ class Attention(nnx.Module):
         self, x: jax.Array, latent: jax.Array, inputs: LayerInputs, entries: Entries, keys: jax.Array
     ) -> jax.Array:
         q, weights = self.indexer.queries(x, latent, inputs.turn(self.spec.ratio))
-        return ops.index_topk(
-            q, weights, keys, inputs.positions, inputs.segments, entries.end, entries.segment, topk=self.indexer.topk
+        names, is_divided = parallel.axes("index_heads"), False
+        positions, segments = inputs.positions, inputs.segments
+        if names:
+            # Selection needs the scores of all heads: each device takes all heads of its part of the tokens.
+            is_divided = q.shape[1] % parallel.device_count(names) == 0
+            bring = parallel.trade if is_divided else parallel.join
+            q, weights = bring(q, names, 2), bring(weights, names, 2)
+        if is_divided:
+            positions, segments = (parallel.own_part(a, names, 1) for a in (positions, segments))
+        chosen = ops.index_topk(
+            q, weights, keys, positions, segments, entries.end, entries.segment, topk=self.indexer.topk
         )
+        return parallel.join(chosen, names, 1) if is_divided else chosen
+
+    def _select_step(self, x: jax.Array, latent: jax.Array, inputs: LayerInputs, keys: jax.Array) -> jax.Array:
+        """`_select` of one token per sequence: its cached entries are in order, so that it sees the first ones."""
+        q, weights = self.indexer.queries(x, latent, inputs.turn(self.spec.ratio))
+        q, weights = (parallel.join(a, parallel.axes("index_heads"), 2) for a in (q, weights))
+        visible = jnp.clip(
+            (inputs.positions[:, 0] + 1) // self.spec.ratio - first_place(keys.shape[1]), 0, keys.shape[1]
+        )
+        chosen = ops.index_topk_decode(q[:, 0], weights[:, 0], keys, visible, topk=self.indexer.topk)[:, None]
+        if parallel.axes("entries"):
+            return merged_selection(chosen, q, weights, keys, self.indexer.topk)
+        return chosen
 
     def _has_selection(self, count: int) -> bool:
         return self.spec.has_indexer and self.indexer.needs_selection(count)
@@ -115,8 +151,8 @@ class Attention(nnx.Module):
         if selection is None and entries is not None and self._has_selection(entries.values.shape[1]):
             keys = self.indexer.compressor(jax.lax.stop_gradient(x), inputs).values
             selection = self._select(x, latent, inputs, entries, keys)
-        before = [(0, 0), (window, 0)]
-        keys, key_segment = jnp.pad(kv, [*before, (0, 0)]), jnp.pad(inputs.segments, before, constant_values=-1)
+        keys = jnp.concatenate([parallel.rows_before(kv, window), kv], axis=1)
+        key_segment = jnp.concatenate([parallel.rows_before(inputs.segments, window, -1), inputs.segments], axis=1)
         return self._over_entries(q, keys, key_segment, inputs, entries, selection), selection
 
     def _extend(
@@ -128,15 +164,19 @@ class Attention(nnx.Module):
         assert inputs.end is not None
         window = self.config.sliding_window
         positions = inputs.start[:, None] + jnp.arange(-window, 0)
-        keys = jnp.concatenate([ring_rows(cache.window, kv, inputs.start, positions), kv], axis=1)
+        before = parallel.ring_before(cache.window, kv, inputs.start)
+        keys = jnp.concatenate([ring_rows(before, kv, inputs.start, positions), kv], axis=1)
         key_segment = jnp.concatenate([jnp.where(positions < 0, -1, 1), inputs.segments], axis=1)
         cache = self._compress(x, inputs, cache)
-        entries = self._cached_entries(cache, inputs)
+        values = join_entries(cache.entries)
+        entries = None if values is None else self._in_slots(values)
         if selection is None and entries is not None and self._has_selection(entries.values.shape[1]):
-            assert cache.index_keys is not None
-            selection = self._select(x, latent, inputs, entries, cache.index_keys)
+            index_keys = join_entries(cache.index_keys)
+            assert index_keys is not None
+            selection = self._select(x, latent, inputs, entries, index_keys)
         out = self._over_entries(q, keys, key_segment, inputs, entries, selection)
-        ring = ring_extend(cache.window, kv, inputs.start, inputs.end)
+        ring = ring_extend(before, kv, inputs.start, inputs.end)
+        ring = parallel.ring_after(ring, inputs.start, inputs.end, kv.shape[1])
         return out, dataclasses.replace(cache, window=ring), selection
 
     def _step(
@@ -147,17 +187,23 @@ class Attention(nnx.Module):
         assert inputs.start is not None
         assert inputs.end is not None
         cache = self._compress(x, inputs, cache)
-        ring = ring_put(cache.window, kv[:, 0], inputs.start)
-        entries = self._cached_entries(cache, inputs)
-        far = (None, None)
-        if entries is not None:
-            far = (entries.values, entries.end <= inputs.positions)
-            if selection is None and self._has_selection(entries.values.shape[1]):
+        ring = ring_put(cache.window, kv[:, 0], inputs.start, cache.layer)
+        entry_count: jax.Array | None = None
+        attend: Callable[..., jax.Array] = ops.sparse_attention_decode
+        if cache.entries is not None:
+            # Entries are in order, so that a query sees the first of them; this device holds those from `first` on.
+            count = cache.entries.shape[1 if cache.layer is None else 2]
+            first, divided = first_place(count), parallel.axes("entries")
+            entry_count = jnp.clip(inputs.end // self.spec.ratio - first, 0, count)
+            attend = merged_attention if divided else attend
+            if selection is not None:
+                selection = own_selection(selection, count)
+            elif self._has_selection(count * parallel.device_count(divided)):
                 assert cache.index_keys is not None
-                selection = self._select(x, latent, inputs, entries, cache.index_keys)
-        out = ops.sparse_attention_decode(
-            q[:, 0], ring, ring_positions(inputs.end, ring.shape[1]) >= 0, self.attn_sink[...], *far,
-            None if selection is None else selection[:, 0], scale=self._scale,
+                selection = self._select_step(x, latent, inputs, cache.index_keys)
+        out = attend(
+            q[:, 0], ring, jnp.minimum(inputs.end, self.config.sliding_window), self.attn_sink[...], cache.entries,
+            entry_count, None if selection is None else selection[:, 0], layer=cache.layer, scale=self._scale,
         )  # fmt: skip
         return out[:, None], dataclasses.replace(cache, window=ring), selection
 
@@ -167,25 +213,23 @@ class Attention(nnx.Module):
             return cache
 
         def advance(
-            compressor: Compressor, values: jax.Array | None, state: CompressorState | None
+            compressor: Compressor, values: jax.Array | None, state: CompressorState | None, layer: jax.Array | None
         ) -> tuple[jax.Array, CompressorState]:
             assert values is not None
             assert state is not None
             form = compressor.step if inputs.is_step else compressor.extend
             new, state = form(x, inputs, state)
-            return put_rows(values, new.values, new.place, new.valid), state
+            return put_entries(values, new.values, new.place, new.valid, layer), state
 
-        entries, state = advance(self.compressor, cache.entries, cache.state)
+        entries, state = advance(self.compressor, cache.entries, cache.state, cache.layer)
         cache = dataclasses.replace(cache, entries=entries, state=state)
         if not self.spec.has_indexer:
             return cache
-        keys, state = advance(self.indexer.compressor, cache.index_keys, cache.index_state)
+        keys, state = advance(self.indexer.compressor, cache.index_keys, cache.index_state, None)
         return dataclasses.replace(cache, index_keys=keys, index_state=state)
 
-    def _cached_entries(self, cache: LayerCache, inputs: LayerInputs) -> Entries | None:
-        """All slots of the cache; the ends of empty ones lie beyond every query."""
-        if cache.entries is None:
-            return None
-        batch, count, _ = cache.entries.shape
+    def _in_slots(self, values: Float[Array, "B P *R"]) -> Entries:
+        """All slots of a cache; the ends of empty ones lie beyond every query."""
+        batch, count = values.shape[:2]
         end = jnp.broadcast_to((jnp.arange(count) + 1) * self.spec.ratio - 1, (batch, count))
-        return Entries(cache.entries, end, jnp.ones_like(end))
+        return Entries(values.reshape(batch, count, -1), end, jnp.ones_like(end))

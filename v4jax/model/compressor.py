@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from v4jax import parallel
 from v4jax.cache import CompressorState, ring_extend, ring_put, ring_rows
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.inputs import LayerInputs
@@ -40,6 +41,11 @@ class NewEntries(NamedTuple):
     """bool [B, N]."""
 
 
+def _of_all(entries: Entries) -> Entries:
+    """The entries of all devices that hold a row, in order."""
+    return Entries(*(parallel.join(part, parallel.sequence_axes(), 1) for part in entries))
+
+
 class Compressor(nnx.Module):
     """Pools `spec.ratio` tokens into one entry of `width` channels, each channel with its own softmax over tokens.
 
@@ -63,21 +69,31 @@ class Compressor(nnx.Module):
         return self.wkv.in_float32(x), gate
 
     def __call__(self, x: Float[Array, "B S D"], inputs: LayerInputs) -> Entries:
-        """All entries of rows of documents; tails shorter than a window give none."""
+        """All entries of rows of documents; tails shorter than a window give none.
+
+        Where several devices hold a row, each forms the entries that end in its tokens, and all get all.
+        """
         kv, gate = self.project(x, inputs.positions)
         batch, length = inputs.tokens.shape
         count = length // self.ratio
+        names = parallel.sequence_axes()
         if not inputs.is_packed:
             starts = jnp.broadcast_to(self.ratio * jnp.arange(count)[None], (batch, count))
+            if names:
+                starts = starts + parallel.index(names) * length
             own = (kv[:, : count * self.ratio], gate[:, : count * self.ratio])
             own = tuple(a.reshape(batch, count, self.ratio, -1) for a in own)
-            before = tuple(jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))) for a in own)
+            before = tuple(jnp.concatenate([parallel.rows_before(a, 1), a[:, :-1]], axis=1) for a in own)
             values = self._finish(self._pool(own, before, starts > 0), starts)
-            return Entries(values, starts + self.ratio - 1, jnp.ones_like(starts))
+            return _of_all(Entries(values, starts + self.ratio - 1, jnp.ones_like(starts)))
+        # Windows reach back beyond this device's first token.
+        reach = self.overlap * self.ratio if names else 0
+        if names:
+            kv, gate = (jnp.concatenate([parallel.rows_before(a, reach), a], axis=1) for a in (kv, gate))
         is_last = (jnp.mod(inputs.positions, self.ratio) == self.ratio - 1) & (inputs.segments > 0)
         last = jnp.argsort(~is_last, axis=1, stable=True)[:, :count]
         valid = jnp.arange(count) < jnp.sum(is_last, axis=1, keepdims=True)
-        rows = last[..., None] + jnp.arange(1 - self.ratio, 1)
+        rows = last[..., None] + reach + jnp.arange(1 - self.ratio, 1)
 
         def windows(index: jax.Array) -> tuple[jax.Array, ...]:
             index = jnp.maximum(index, 0).reshape(batch, -1, 1)
@@ -89,7 +105,7 @@ class Compressor(nnx.Module):
         starts = end - (self.ratio - 1)
         pooled = self._pool(windows(rows), windows(rows - self.ratio) if self.overlap == 2 else None, starts > 0)
         segment = jnp.where(valid, jnp.take_along_axis(inputs.segments, last, axis=1), -1)
-        return Entries(self._finish(pooled, starts), end, segment)
+        return _of_all(Entries(self._finish(pooled, starts), end, segment))
 
     def extend(
         self, x: Float[Array, "B S D"], inputs: LayerInputs, state: CompressorState
@@ -99,6 +115,8 @@ class Compressor(nnx.Module):
         assert inputs.end is not None
         start, end = inputs.start, inputs.end
         new = self.project(x, inputs.positions)
+        before = (parallel.ring_before(old, rows, start) for old, rows in zip((state.kv, state.gate), new, strict=True))
+        state = CompressorState(*before)
         count = x.shape[1] // self.ratio + 1
         index = start[:, None] // self.ratio + jnp.arange(count)
         starts = index * self.ratio
@@ -114,7 +132,8 @@ class Compressor(nnx.Module):
             windows(positions), windows(positions - self.ratio) if self.overlap == 2 else None, starts > 0
         )
         valid = starts + self.ratio <= end[:, None]
-        after = CompressorState(ring_extend(state.kv, new[0], start, end), ring_extend(state.gate, new[1], start, end))
+        rings = (ring_extend(old, rows, start, end) for old, rows in zip((state.kv, state.gate), new, strict=True))
+        after = CompressorState(*(parallel.ring_after(ring, start, end, x.shape[1]) for ring in rings))
         return NewEntries(self._finish(pooled, starts), index, valid), after
 
     def step(

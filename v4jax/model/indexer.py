@@ -21,18 +21,18 @@ class Indexer(nnx.Module):
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.policy = declare.policy
         width = self.heads * self.head_dim
-        self.wq_b = Linear(config.q_lora_rank, width, ("index_heads", "q_lora"), declare)
+        self.wq_b = Linear(config.q_lora_rank, width, ("index_heads", "q_lora"), declare, released_in_fp8=True)
         self.weights_proj = Linear(config.hidden_size, self.heads, ("index_heads", "hidden"), declare)
         self.compressor = Compressor(config, spec, self.head_dim, declare, is_index=True)
 
     def queries(
         self, x: Float[Array, "B S D"], query_latent: Float[Array, "B S Q"], turn: Rotation
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N"]]:
-        """Rotated index queries, and the head weights with both scales (head_dim^−½ · heads^−½) folded in.
+        """Rotated index queries of this device's heads, and their weights with both scales (head_dim^−½ · heads^−½) in.
 
         Without the simulation the Hadamard rotation is left out on both sides: it is orthogonal and cancels.
         """
-        q = self.wq_b(query_latent).reshape(*query_latent.shape[:2], self.heads, self.head_dim)
+        q = self.wq_b(query_latent).reshape(*query_latent.shape[:2], -1, self.head_dim)
         q = rotate(q, over_heads(turn))
         if self.policy.quant_sim:
             q = simulate_index(q)

@@ -39,6 +39,8 @@ class LayerInputs:
     """int32 [B]: tokens already in the cache; None without a cache."""
     end: jax.Array | None = None
     """int32 [B]: tokens in the cache afterwards."""
+    layer: jax.Array | None = None
+    """int32: which layer of a stack that is addressed by index this is; None where a layer has its own arrays."""
     is_packed: bool = dataclasses.field(default=False, metadata={"static": True})
     """Whether a row may hold several documents or padding."""
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,6 +25,38 @@ class LayerMetrics(NamedTuple):
     """float32 scalar: sequence-wise balance loss."""
     choices: Choices | None
     """What was chosen, if recording was asked for."""
+
+
+class Residual(NamedTuple):
+    """What runs from sublayer to sublayer: the streams, and the last output, written when the next sublayer reads."""
+
+    streams: jax.Array
+    """[B, S, C · D] in the compute dtype, stream-major."""
+    out: jax.Array | None = None
+    """[B, S, D]: to be written, or None."""
+    maps: jax.Array | None = None
+    """float32 [C · (2 + C), B, S]: how."""
+
+    @classmethod
+    def of(cls, streams: Float[Array, "B S C D"]) -> "Residual":
+        """Streams to which nothing is to be written."""
+        return cls(streams.reshape(*streams.shape[:2], -1))
+
+    def with_pending(self, count: int) -> "Residual":
+        """The same state in the form that every layer returns: at the start, a write that changes nothing."""
+        if self.out is not None:
+            return self
+        batch, length, flat = self.streams.shape
+        rows = jnp.concatenate([jnp.zeros(2 * count), jnp.eye(count).reshape(-1)]).astype(jnp.float32)
+        out = jnp.zeros((batch, length, flat // count), self.streams.dtype)
+        return Residual(self.streams, out, jnp.broadcast_to(rows[:, None, None], (len(rows), batch, length)))
+
+    def written(self, count: int) -> Float[Array, "B S C D"]:
+        """The streams with the pending output in them."""
+        streams = self.streams.reshape(*self.streams.shape[:2], count, -1)
+        if self.out is None or self.maps is None:
+            return streams
+        return ops.hyper_connection_write(self.out, streams, ops.unpack_maps(self.maps, count))
 
 
 class DecoderLayer(nnx.Module):
@@ -52,28 +85,41 @@ class DecoderLayer(nnx.Module):
         *,
         record: bool = False,
     ) -> tuple[Float[Array, "B S C D"], LayerCache | None, LayerMetrics]:
-        """The streams after this layer, its cache, and its metrics.
+        """`advance` from streams to streams, for a layer that stands alone."""
+        residual, cache, metrics = self.advance(Residual.of(streams), inputs, cache, replay, record=record)
+        return residual.written(self.config.hc_mult), cache, metrics
+
+    def advance(
+        self,
+        residual: Residual,
+        inputs: LayerInputs,
+        cache: LayerCache | None = None,
+        replay: Choices | None = None,
+        *,
+        record: bool = False,
+    ) -> tuple[Residual, LayerCache | None, LayerMetrics]:
+        """The residual state after this layer, its cache, and its metrics.
 
         Args:
           cache: the layer's state if the tokens continue one, else None.
           replay: choices to use instead of the router's and the indexer's.
           record: whether to return the choices made.
         """
-        x, maps = self._read("attn", streams)
+        x, streams, maps = self.seam("attn", residual)
         selection = None if replay is None else replay.entries
-        x, cache, selection = self.attn(self.attn_norm(x), inputs, cache, selection)
-        streams = ops.hyper_connection_write(x, streams, maps)
-        x, maps = self._read("ffn", streams)
-        x, routing = self.ffn(self.ffn_norm(x), inputs, None if replay is None else replay.experts)
-        streams = ops.hyper_connection_write(x, streams, maps)
+        x, cache, selection = self.attn(x, inputs, cache, selection)
+        x, streams, maps = self.seam("ffn", Residual(streams, x, maps))
+        x, routing = self.ffn(x, inputs, None if replay is None else replay.experts)
         choices = Choices(routing.experts, selection) if record else None
-        return streams, cache, LayerMetrics(routing.load, routing.balance, choices)
+        return Residual(streams, x, maps), cache, LayerMetrics(routing.load, routing.balance, choices)
 
-    def _read(self, name: str, streams: jax.Array) -> tuple[jax.Array, ops.Maps]:
+    def seam(self, name: str, residual: Residual) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Writes what is pending and reads the sublayer's normed input: the input, the streams, its maps."""
         fn, base, scale = (getattr(self, f"hc_{name}_{part}")[...] for part in ("fn", "base", "scale"))
-        return ops.hyper_connection_read(
-            streams, fn, base, scale, iterations=self.config.hc_sinkhorn_iters, eps=self.config.hc_eps,
-            norm_eps=self.config.rms_norm_eps,
+        norm: RMSNorm = getattr(self, f"{name}_norm")
+        return ops.hyper_connection_seam(
+            residual.out, residual.streams, residual.maps, fn, base, scale, norm.weight[...],
+            iterations=self.config.hc_sinkhorn_iters, eps=self.config.hc_eps, norm_eps=norm.eps,
         )  # fmt: skip
 
 
@@ -91,8 +137,12 @@ class HeadMixer(nnx.Module):
         self.hc_head_base = declare((count,), axes=(None,), role=Role.BIAS, init=Constant(0.0))
         self.hc_head_scale = declare((1,), axes=(None,), role=Role.GAIN, init=Constant(1.0))
 
-    def _mix(self, config: ModelConfig, streams: Float[Array, "B S C D"]) -> Float[Array, "B S D"]:
-        return ops.hyper_connection_head(
-            streams, self.hc_head_fn[...], self.hc_head_base[...], self.hc_head_scale[...], eps=config.hc_eps,
-            norm_eps=config.rms_norm_eps,
+    def _collapse(
+        self, config: ModelConfig, norm: RMSNorm, residual: Residual
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S C D"]]:
+        """What the head reads, normed, and the streams with everything written."""
+        x, streams = ops.hyper_connection_leave(
+            residual.out, residual.streams, residual.maps, self.hc_head_fn[...], self.hc_head_base[...],
+            self.hc_head_scale[...], norm.weight[...], eps=config.hc_eps, norm_eps=norm.eps,
         )  # fmt: skip
+        return x, streams.reshape(*streams.shape[:2], config.hc_mult, -1)

@@ -1,5 +1,6 @@
 """Mixture of experts: router, routed experts, shared expert (architecture.md §9)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,20 +9,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from v4jax import ops
+from kernels_pallas.formats import fp4_scale_shape
+from v4jax import ops, parallel
 from v4jax.config import LayerSpec, ModelConfig, RouterKind
+from v4jax.model.exchange import routed_experts
 from v4jax.model.inputs import LayerInputs
 from v4jax.model.params import (
     Constant,
     Declare,
+    FromCheckpoint,
     Linear,
     Normal,
     RandomTable,
     Role,
     RouterBias,
     RoutingTable,
+    declare_fp8,
     full_dot,
 )
+from v4jax.quant import PackedCodes, PackedScales
 
 
 class Routing(NamedTuple):
@@ -88,19 +94,44 @@ class Gate(nnx.Module):
         batch = experts.shape[0]
         rows = jnp.broadcast_to(jnp.arange(batch)[:, None, None], experts.shape)
         load = jnp.zeros((batch, count), jnp.float32).at[rows, experts].add(jnp.broadcast_to(real, experts.shape))
-        tokens = jnp.maximum(jnp.sum(real, axis=1), 1.0)
-        share = jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True) * real, axis=1) / tokens
+        whole_rows = functools.partial(parallel.add, names=parallel.sequence_axes())
+        load = whole_rows(load)
+        tokens = jnp.maximum(whole_rows(jnp.sum(real, axis=1)), 1.0)
+        share = whole_rows(jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True) * real, axis=1)) / tokens
         balance = jnp.mean(jnp.sum(load * count / (choices * tokens) * share, axis=-1))
-        return jnp.sum(load, axis=0), balance
+        batch_axes = parallel.batch_axes()
+        balance = parallel.add(balance, batch_axes) / parallel.device_count(batch_axes)
+        return parallel.add(jnp.sum(load, axis=0), batch_axes), balance
 
 
 class StackedLinear(nnx.Module):
-    """One matrix per expert, [E, out, in]."""
+    """One matrix per expert, [E, out, in]; or its released bytes."""
 
     def __init__(self, count: int, in_size: int, out_size: int, axes: tuple[str, ...], declare: Declare) -> None:
-        self.weight = declare(
-            (count, out_size, in_size), axes=axes, role=Role.MATRIX, init=Normal(0.02), dtype=declare.policy.param
-        )
+        self.policy, native = declare.policy, declare.policy.native
+        shape = (count, out_size, in_size)
+        if native is None:
+            self.weight = declare(shape, axes=axes, role=Role.MATRIX, init=Normal(0.02), dtype=declare.policy.param)
+            self.scale = None
+        elif native.experts == "fp8":
+            # Base checkpoints have float32 scales for FP8 experts (architecture.md §14.2).
+            self.weight, self.scale = declare_fp8(shape, axes, declare, native.tile, jnp.float32)
+        else:
+            role, init = Role.MATRIX, FromCheckpoint()
+            packed = (count, -(-in_size // 2), out_size)
+            scales = (count, fp4_scale_shape(shape)[-1], out_size)
+            axes = (axes[0], axes[2], axes[1])
+            self.weight = declare(packed, axes=axes, role=role, init=init, dtype=jnp.int8, kind=PackedCodes)
+            self.scale = declare(scales, axes=axes, role=role, init=init, dtype=jnp.float8_e8m0fnu, kind=PackedScales)
+
+    def stack(self, layer: Int[Array, ""] | None) -> ops.ExpertStack:
+        """Where the matrices lie; `layer` says which are meant where the arrays hold several layers."""
+        if self.scale is None:
+            values = self.weight[...]
+            # A cast of many layers would be a copy of them: it is left to whoever takes one expert.
+            return ops.ExpertStack(values.astype(self.policy.compute) if layer is None else values, None, layer)
+        assert self.policy.native is not None
+        return ops.ExpertStack(self.weight[...], self.scale[...], layer, self.policy.native.tile)
 
 
 class Experts(nnx.Module):
@@ -120,15 +151,15 @@ class SharedExpert(nnx.Module):
     def __init__(self, config: ModelConfig, declare: Declare) -> None:
         self.limit, self.policy = config.swiglu_limit, declare.policy
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.w1 = Linear(hidden, width, ("expert_hidden", "hidden"), declare)
-        self.w3 = Linear(hidden, width, ("expert_hidden", "hidden"), declare)
-        self.w2 = Linear(width, hidden, ("hidden", "expert_hidden"), declare)
+        self.w1 = Linear(hidden, width, ("expert_hidden", "hidden"), declare, released_in_fp8=True)
+        self.w3 = Linear(hidden, width, ("expert_hidden", "hidden"), declare, released_in_fp8=True)
+        self.w2 = Linear(width, hidden, ("hidden", "expert_hidden"), declare, released_in_fp8=True)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Output in float32, before it joins the routed sum."""
-        gate, up = (full_dot(x, w.weight[...].astype(x.dtype), self.policy.precision) for w in (self.w1, self.w3))
+        """Output in float32, before it joins the routed sum; where `tensor` divides the width, this device's part."""
+        gate, up = (full_dot(x, w.matrix.astype(x.dtype), self.policy.precision) for w in (self.w1, self.w3))
         z = ops.swiglu(gate, up, self.limit).astype(x.dtype)
-        return full_dot(z, self.w2.weight[...].astype(x.dtype), self.policy.precision)
+        return full_dot(z, self.w2.matrix.astype(x.dtype), self.policy.precision)
 
 
 class MoE(nnx.Module):
@@ -147,11 +178,10 @@ class MoE(nnx.Module):
         routing = self.gate(x, inputs, experts)
         flat = x.reshape(-1, x.shape[-1])
         choices = routing.experts.shape[-1]
-        w1, w3, w2 = (
-            w.weight[...].astype(self.policy.compute) for w in (self.experts.w1, self.experts.w3, self.experts.w2)
-        )
-        routed = ops.grouped_experts(
+        w1, w3, w2 = (w.stack(inputs.layer) for w in (self.experts.w1, self.experts.w3, self.experts.w2))
+        routed = routed_experts(
             flat, w1, w3, w2, routing.experts.reshape(-1, choices), routing.weights.reshape(-1, choices),
             limit=self.limit,
         )  # fmt: skip
-        return (routed.reshape(x.shape) + self.shared_experts(x)).astype(self.policy.compute), routing
+        out = parallel.add(routed.reshape(x.shape) + self.shared_experts(x), parallel.axes("expert_hidden"))
+        return out.astype(self.policy.compute), routing

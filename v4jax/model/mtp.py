@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from v4jax.cache import LayerCache
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.inputs import LayerInputs
-from v4jax.model.layer import DecoderLayer, HeadMixer, LayerMetrics
+from v4jax.model.layer import DecoderLayer, HeadMixer, LayerMetrics, Residual
 from v4jax.model.params import Declare, Linear, RMSNorm
 
 
@@ -19,8 +19,8 @@ class MTPBlock(DecoderLayer, HeadMixer):
     def __init__(self, config: ModelConfig, spec: LayerSpec, declare: Declare) -> None:
         super().__init__(config, spec, declare)
         hidden = config.hidden_size
-        self.e_proj = Linear(hidden, hidden, ("hidden_out", "hidden"), declare)
-        self.h_proj = Linear(hidden, hidden, ("hidden_out", "hidden"), declare)
+        self.e_proj = Linear(hidden, hidden, ("hidden_out", "hidden"), declare, released_in_fp8=True)
+        self.h_proj = Linear(hidden, hidden, ("hidden_out", "hidden"), declare, released_in_fp8=True)
         self.enorm = RMSNorm(hidden, config.rms_norm_eps, declare)
         self.hnorm = RMSNorm(hidden, config.rms_norm_eps, declare)
         self.norm = RMSNorm(hidden, config.rms_norm_eps, declare)
@@ -41,8 +41,8 @@ class MTPBlock(DecoderLayer, HeadMixer):
           inputs: positions and documents of t.
         """
         x = self.e_proj(self.enorm(embedded))[:, :, None] + self.h_proj(self.hnorm(streams))
-        x, cache, metrics = self(x, inputs, cache)
-        return self.norm(self._mix(self.config, x)), cache, metrics
+        residual, cache, metrics = self.advance(Residual.of(x), inputs, cache)
+        return self._collapse(self.config, self.norm, residual)[0], cache, metrics
 
 
 def next_tokens(tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:

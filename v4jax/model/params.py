@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from kernels_pallas.formats import decode_fp8, fp8_scale_shape
+from v4jax import parallel
 from v4jax.dtypes import DTypePolicy
+from v4jax.quant import Codes, Scales
+from v4jax.sharding import Names
 
 
 class Role(enum.StrEnum):
@@ -72,7 +76,16 @@ class RandomTable:
         return generator.permuted(ids, axis=-1)[..., : shape[-1]]
 
 
-Initialiser = Normal | Constant | RandomTable
+@dataclasses.dataclass(frozen=True, slots=True)
+class FromCheckpoint:
+    """Released bytes: there is nothing to draw."""
+
+    def __call__(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Refuses."""
+        raise ValueError("native weights are a checkpoint's bytes: load one, or draw a model without them")
+
+
+Initialiser = Normal | Constant | RandomTable | FromCheckpoint
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,9 +110,24 @@ class Declare:
         return kind(jax.ShapeDtypeStruct((*self.leading, *shape), dtype), axes=axes, role=role, init=init)
 
 
-def dot(x: jax.Array, weight: jax.Array, policy: DTypePolicy) -> jax.Array:
+def declare_fp8(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    declare: Declare,
+    tile: tuple[int, int],
+    scale_dtype: DTypeLike = jnp.float8_e8m0fnu,
+) -> tuple[Any, Any]:
+    """Codes and scales of a matrix, or a stack of them, released in FP8."""
+    role, init = Role.MATRIX, FromCheckpoint()
+    codes = declare(shape, axes=axes, role=role, init=init, dtype=jnp.float8_e4m3fn, kind=Codes)
+    scales = fp8_scale_shape(shape, tile)
+    return codes, declare(scales, axes=axes, role=role, init=init, dtype=scale_dtype, kind=Scales)
+
+
+def dot(x: jax.Array, weight: jax.Array, policy: DTypePolicy, summed_over: Names = ()) -> jax.Array:
     """`x · weightᵀ` over the last axes in the compute dtype: x [..., I], weight [O, I] → [..., O]."""
-    return full_dot(x.astype(policy.compute), weight.astype(policy.compute), policy.precision).astype(policy.compute)
+    out = full_dot(x.astype(policy.compute), weight.astype(policy.compute), policy.precision)
+    return parallel.add(out, summed_over).astype(policy.compute)
 
 
 def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> jax.Array:
@@ -124,19 +152,37 @@ class Linear(nnx.Module):
         declare: Declare,
         *,
         stddev: float = 0.02,
+        released_in_fp8: bool = False,
     ) -> None:
         self.policy = declare.policy
-        self.weight = declare(
-            (out_size, in_size), axes=axes, role=Role.MATRIX, init=Normal(stddev), dtype=declare.policy.param
-        )
+        shape, native = (out_size, in_size), declare.policy.native
+        if native is not None and released_in_fp8:
+            self.weight, self.scale = declare_fp8(shape, axes, declare, native.tile)
+        else:
+            self.weight = declare(shape, axes=axes, role=Role.MATRIX, init=Normal(stddev), dtype=declare.policy.param)
+            self.scale = None
 
-    def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
-        """Result in the compute dtype."""
-        return dot(x, self.weight[...], self.policy)
+    @property
+    def matrix(self) -> Float[Array, "O I"]:
+        """The weight; dequantised here where it is kept in released bytes."""
+        if self.scale is None:
+            return self.weight[...]
+        assert self.policy.native is not None
+        codes, scale = self.weight[...], self.scale[...]
+        if scale.dtype == jnp.float8_e8m0fnu:
+            # A power of two times three bits of mantissa is exact in bfloat16 too, and half as much to move.
+            rows, columns = self.policy.native.tile
+            spread = jnp.repeat(scale.astype(self.policy.param), columns, axis=-1)[:, : codes.shape[1]]
+            return codes.astype(self.policy.param) * jnp.repeat(spread, rows, axis=-2)[: codes.shape[0]]
+        return decode_fp8(codes, scale, self.policy.native.tile).astype(self.policy.param)
+
+    def __call__(self, x: Float[Array, "*T I"], *, summed_over: Names = ()) -> Float[Array, "*T O"]:
+        """Result in the compute dtype; added up over the mesh axes that divide the inputs, if any."""
+        return dot(x, self.matrix, self.policy, summed_over)
 
     def in_float32(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """The product with both operands upcast, for the float32 islands."""
-        return full_dot(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
+        return full_dot(x.astype(jnp.float32), self.matrix.astype(jnp.float32))
 
 
 class RMSNorm(nnx.Module):
@@ -153,18 +199,55 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of [vocab, hidden]; the same class holds the head's matrix."""
+    """Rows of [vocab, hidden]; the same class holds the head's matrix, under other `axes`."""
 
-    def __init__(self, vocab: int, hidden: int, declare: Declare, *, stddev: float = 0.02) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        hidden: int,
+        declare: Declare,
+        *,
+        axes: tuple[str | None, str | None] = ("vocab", "hidden"),
+        stddev: float = 0.02,
+    ) -> None:
         self.policy = declare.policy
         self.weight = declare(
             (vocab, hidden),
-            axes=("vocab", "hidden"),
+            axes=axes,
             role=Role.EMBEDDING,
             init=Normal(stddev),
             dtype=declare.policy.param,
         )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Embeds int ids [...] → [..., D] in the compute dtype."""
-        return jnp.take(self.weight[...], ids, axis=0).astype(self.policy.compute)
+        """Embeds int ids [B, S] → [B, S, D] in the compute dtype."""
+        return embedded(self.weight, ids).astype(self.policy.compute)
+
+
+def embedded(weight: nnx.Variable, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of a table, of which this device may hold some rows (compute axes) and some channels (storage axes).
+
+    The table never travels: devices with other tokens send their ids, and get back the channels that are here.
+    """
+    table, division = weight[...], weight.get_metadata().get("division")
+    if parallel.current() is None or division is None:
+        return jnp.take(table, ids, axis=0)
+    rows, channels = division.compute[0], division.storage[1]
+    assert not division.storage[0], "rows of a table are divided by compute axes alone"
+    # Senders' axes come first, in the order of `asking`: [n, m, …, B, S].
+    asking = tuple(name for name in channels if name in parallel.token_axes())
+    for name in reversed(asking):
+        ids = jax.lax.all_gather(ids, name)
+    if rows:
+        ids = ids - parallel.index(rows) * table.shape[0]
+        is_here = (ids >= 0) & (ids < table.shape[0])
+        out = jnp.where(is_here[..., None], jnp.take(table, jnp.where(is_here, ids, 0), axis=0), 0)
+    else:
+        out = jnp.take(table, ids, axis=0)
+    for name in reversed(channels):
+        if name in asking:
+            place = asking.index(name)
+            out = jax.lax.all_to_all(out, name, split_axis=place, concat_axis=out.ndim - 1, tiled=True)
+        else:
+            out = jax.lax.all_gather(out, name, axis=out.ndim - 1, tiled=True)
+    return parallel.add(out.reshape(*out.shape[len(asking) :]), rows)

@@ -4,6 +4,7 @@ Stacked, a segment holds one copy of its unit whose arrays have a leading `repea
 segment of its own without that axis, which is what CPU and GPU decoding want: a scan would copy each layer's weights.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from v4jax.cache import LayerCache
+from v4jax import parallel
+from v4jax.cache import LayerCache, layer_view, put_layer
 from v4jax.config import LayerSpec, ModelConfig, SegmentSpec, layer_plan, plan_segments
 from v4jax.dtypes import DTypePolicy
 from v4jax.model.inputs import Choices, LayerInputs
-from v4jax.model.layer import DecoderLayer, LayerMetrics
+from v4jax.model.layer import DecoderLayer, LayerMetrics, Residual
 from v4jax.model.params import Declare
+from v4jax.sharding import variables
 
 UnitCaches = tuple[LayerCache, ...]
 
@@ -41,34 +44,82 @@ class Segment(nnx.Module):
         record: bool = False,
         remat: bool = False,
     ) -> tuple[jax.Array, UnitCaches | None, list[LayerMetrics]]:
-        """The streams after the segment, its caches, and per unit position the metrics with a leading repeats axis.
+        """`advance` from streams [B, S, C, D] to streams, for a segment that stands alone."""
+        residual, caches, metrics = self.advance(
+            Residual.of(streams), inputs, caches, replay, record=record, remat=remat
+        )  # fmt: skip
+        return residual.written(streams.shape[2]), caches, metrics
+
+    def advance(
+        self,
+        residual: Residual,
+        inputs: LayerInputs,
+        caches: UnitCaches | None = None,
+        replay: tuple[Choices, ...] | None = None,
+        *,
+        record: bool = False,
+        remat: bool = False,
+    ) -> tuple[Residual, UnitCaches | None, list[LayerMetrics]]:
+        """The state after the segment, its caches, and per unit position the metrics with a leading repeats axis.
 
         `replay` is per layer in order and needs an unstacked segment.
         """
         run = functools.partial(_run_unit, record=record, remat=remat)
         if not self.stacked:
-            streams, caches, metrics = run(list(self.layers), streams, inputs, caches, replay)
-            return streams, caches, [jax.tree.map(lambda a: a[None], m) for m in metrics]
+            residual, caches, metrics = run(list(self.layers), residual, inputs, caches, replay)
+            return residual, caches, [jax.tree.map(lambda a: a[None], m) for m in metrics]
         if replay is not None:
             raise ValueError("replay needs the per-layer view of the model: call unstack() first")
+        leaves, structure = jax.tree.flatten(list(self.layers))
+        indexed = self._indexed() if caches is not None else [False] * len(leaves)
+        whole = [leaf for leaf, stays in zip(leaves, indexed, strict=True) if stays]
+        sliced = [leaf for leaf, stays in zip(leaves, indexed, strict=True) if not stays]
+
+        def layers_of(sliced: list[jax.Array]) -> list[DecoderLayer]:
+            parts = (iter(sliced), iter(whole))
+            return jax.tree.unflatten(structure, [next(parts[stays]) for stays in indexed])
+
+        def inputs_at(index: Any) -> LayerInputs:
+            return dataclasses.replace(inputs, layer=jnp.asarray(index, jnp.int32)) if whole else inputs
+
         if self.spec.repeats == 1:
-            first = [jax.tree.map(lambda a: a[0], layer) for layer in self.layers]
             one = None if caches is None else jax.tree.map(lambda a: a[0], caches)
-            streams, one, metrics = run(first, streams, inputs, one, None)
-            return streams, jax.tree.map(lambda a: a[None], one), [jax.tree.map(lambda a: a[None], m) for m in metrics]
+            residual, one, metrics = run(layers_of([leaf[0] for leaf in sliced]), residual, inputs_at(0), one, None)
+            return residual, jax.tree.map(lambda a: a[None], one), [jax.tree.map(lambda a: a[None], m) for m in metrics]
 
-        def body(carry: tuple[jax.Array, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
-            streams, caches = carry
-            layers, index = xs
+        def body(carry: tuple[Residual, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[Residual, Any], Any]:
+            residual, caches = carry
+            sliced, index = xs
             # Caches ride in the carry and are read and written by slice: as xs and ys they would exist twice.
+            if caches is not None and inputs.is_step:
+                views = tuple(layer_view(cache, index) for cache in caches)
+                residual, views, metrics = run(layers_of(sliced), residual, inputs_at(index), views, None)
+                assert views is not None
+                return (residual, tuple(map(put_layer, caches, views))), metrics
             one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), caches)
-            streams, one, metrics = run(layers, streams, inputs, one, None)
+            residual, one, metrics = run(layers_of(sliced), residual, inputs_at(index), one, None)
             caches = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), caches, one)
-            return (streams, caches), metrics
+            return (residual, caches), metrics
 
-        xs = (list(self.layers), jnp.arange(self.spec.repeats))
-        (streams, caches), metrics = jax.lax.scan(body, (streams, caches), xs)
-        return streams, caches, metrics
+        residual = residual.with_pending(self.layers[0].config.hc_mult)
+        xs = (sliced, jnp.arange(self.spec.repeats))
+        (residual, caches), metrics = jax.lax.scan(body, (residual, caches), xs)
+        return residual, caches, metrics
+
+    def _indexed(self) -> list[bool]:
+        """Which leaves a cached run takes by layer index instead of slices: the experts' matrices.
+
+        Most of a layer's experts have no token in a decoding step, and a slice would read them all. Parts that must be
+        brought together first (FSDP) are sliced.
+        """
+        axes = [variable.get_metadata() for variable in variables(list(self.layers))]
+        is_expert = [data["axes"][:1] == ("experts",) for data in axes]
+        divisions = [data.get("division") for data in axes]
+        is_apart = any(
+            expert and division is not None and any(division.storage)
+            for expert, division in zip(is_expert, divisions, strict=True)
+        )
+        return [False] * len(axes) if is_apart else is_expert
 
     def iter_layers(self) -> Iterator[DecoderLayer]:
         """The layers in order, each without the repeats axis."""
@@ -79,25 +130,30 @@ class Segment(nnx.Module):
 
 def _run_unit(
     layers: list[DecoderLayer],
-    streams: jax.Array,
+    residual: Residual,
     inputs: LayerInputs,
     caches: UnitCaches | None,
     replay: tuple[Choices, ...] | None,
     *,
     record: bool,
     remat: bool,
-) -> tuple[jax.Array, UnitCaches | None, list[LayerMetrics]]:
+) -> tuple[Residual, UnitCaches | None, list[LayerMetrics]]:
     """The layers of one unit in turn; with `remat` each is recomputed in the backward pass."""
     after, metrics = [], []
     for i, layer in enumerate(layers):
         cache = None if caches is None else caches[i]
-        call = functools.partial(DecoderLayer.__call__, record=record)
+        call = functools.partial(_run_layer, record=record)
         if remat:
             call = jax.checkpoint(call, prevent_cse=False)
-        streams, cache, metric = call(layer, streams, inputs, cache, None if replay is None else replay[i])
+        residual, cache, metric = call(layer, residual, inputs, cache, None if replay is None else replay[i])
         after.append(cache)
         metrics.append(metric)
-    return streams, None if caches is None else tuple(after), metrics
+    return residual, None if caches is None else tuple(after), metrics
+
+
+def _run_layer(layer: DecoderLayer, *arguments: Any, record: bool) -> tuple[Residual, LayerCache | None, LayerMetrics]:
+    """One layer; parameters that are only stored apart are brought together for it alone, and again to recompute it."""
+    return parallel.gathered(layer).advance(*arguments, record=record)
 
 
 def declare_segments(config: ModelConfig, policy: DTypePolicy, *, stacked: bool = True) -> list[Segment]:

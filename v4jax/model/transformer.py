@@ -8,18 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from v4jax import ops, parallel
 from v4jax.cache import Cache, MTPCache, init_cache
 from v4jax.compilation import jit
 from v4jax.config import ModelConfig, SegmentSpec, mtp_plan
 from v4jax.dtypes import DTypePolicy
+from v4jax.model import placed
 from v4jax.model.inputs import Choices, LayerInputs, cached_inputs, full_inputs
-from v4jax.model.layer import HeadMixer
+from v4jax.model.layer import HeadMixer, Residual
 from v4jax.model.mtp import MTPBlock, next_tokens
 from v4jax.model.params import Declare, Embedding, RMSNorm, full_dot
 from v4jax.model.stack import Segment, declare_segments
-from v4jax.quant import check_simulation
+from v4jax.quant import PackedCodes, PackedScales, Scales, check_simulation
+from v4jax.sharding import Placement, Recipe, check_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +55,14 @@ class Transformer(HeadMixer):
         if policy.quant_sim:
             check_simulation(config)
         self.config, self.policy = config, policy
+        self.placement: Placement | None = None
         declare = Declare(policy)
         self.embed = Embedding(config.vocab_size, config.hidden_size, declare, stddev=config.initializer_range)
         self.segments = nnx.List(declare_segments(config, policy, stacked=stacked))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, declare)
-        self.head = Embedding(config.vocab_size, config.hidden_size, declare, stddev=config.initializer_range)
+        self.head = Embedding(
+            config.vocab_size, config.hidden_size, declare, axes=("head_vocab", None), stddev=config.initializer_range
+        )
         self._init_mixer(config, declare)
         self.mtp = nnx.List([MTPBlock(config, spec, declare) for spec in mtp_plan(config)])
 
@@ -72,12 +79,29 @@ class Transformer(HeadMixer):
             variable.set_value(jnp.asarray(drawn, dtype=want.dtype))
         return model
 
+    def place(self, mesh: Mesh, recipe: Recipe) -> "Transformer":
+        """The same model divided over a mesh: its arrays move, and every method then runs on all devices.
+
+        A model without arrays (`ShapeDtypeStruct`s) is only told where its arrays will lie.
+
+        Raises:
+          UserError: an axis does not divide what it must.
+        """
+        placement = Placement(mesh, recipe)
+        check_mesh(self.config, placement.sizes)
+        clone = nnx.merge(*nnx.split(self))
+        clone.placement = placement
+        parallel.annotate(clone, placement)
+        is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(clone))
+        return clone if is_abstract else parallel.put(clone, placement)
+
     # ---- whole rows -----------------------------------------------------------------------------------------------
     def __call__(
         self, tokens: Int[Array | np.ndarray, "B S"], segment_ids: Int[Array | np.ndarray, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
         """Logits float32 of every position, compiled. `segment_ids`: 0 is padding, documents from 1, each alone."""
-        return _call(self, jnp.asarray(tokens), segment_ids)
+        # On a mesh of several processes an array of one's own would not do, and a NumPy one is everybody's.
+        return _call(self, tokens if self.placement else jnp.asarray(tokens), segment_ids)
 
     def hidden(
         self,
@@ -96,21 +120,25 @@ class Transformer(HeadMixer):
           remat: whether to recompute each layer in the backward pass instead of keeping its intermediates.
         """
         inputs = full_inputs(self.config, tokens, segment_ids)
-        return self._backbone(inputs, None, replay=replay, record=record, remat=remat)[0]
+        return placed.backbone(self, inputs, None, replay=replay, record=record, remat=remat)[0]
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """The head: both operands in float32."""
-        dtype = self.policy.logits
-        return full_dot(hidden.astype(dtype), self.head.weight[...].astype(dtype))
+        return placed.logits(self, hidden)
 
     def head_logits(self, streams: Float[Array, "B S C D"]) -> Float[Array, "B S V"]:
         """Logits of the streams after the last layer."""
-        return self.logits(self.norm(self._mix(self.config, streams)))
+        return self.logits(self._collapse(self.config, self.norm, Residual.of(streams))[0])
 
     @property
     def head_weight(self) -> jax.Array:
         """[V, D] in the parameter dtype."""
         return self.head.weight[...]
+
+    def local_logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
+        """The head, as far as one device holds it."""
+        dtype = self.policy.logits
+        return full_dot(hidden.astype(dtype), self.head.weight[...].astype(dtype))
 
     def mtp_hidden(
         self,
@@ -126,6 +154,11 @@ class Transformer(HeadMixer):
             return jnp.zeros((len(tokens), 0, self.config.hidden_size), self.policy.compute)
         inputs = full_inputs(self.config, tokens, segment_ids)
         following, segments = next_tokens(tokens, inputs.segments)
+        if self.placement is not None:
+            # Whole rows stay divided as they are: a last position that predicts nothing, instead of one fewer.
+            last = [(0, 0), (0, 1)]
+            inputs = dataclasses.replace(inputs, segments=jnp.pad(segments, last))
+            return placed.predict(self, block, streams, jnp.pad(following, last), inputs)[0][:, :-1]
         inputs = jax.tree.map(lambda a: a[:, :-1], inputs)
         inputs = dataclasses.replace(inputs, segments=segments)
         return block.predict(streams[:, :-1], self.embed(following), inputs)[0]
@@ -134,13 +167,15 @@ class Transformer(HeadMixer):
         self, tokens: Int[Array | np.ndarray, "B S"], segment_ids: Int[Array | np.ndarray, "B S"] | None = None
     ) -> Float[Array, "B S1 V"]:
         """Logits float32 for token t + 2 at positions t = 0 … S−2, compiled."""
-        return _call_mtp(self, jnp.asarray(tokens), segment_ids)
+        return _call_mtp(self, tokens if self.placement else jnp.asarray(tokens), segment_ids)
 
     # ---- with a cache ---------------------------------------------------------------------------------------------
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """Empty decode state that fits this model's segments."""
         stacked = any(segment.stacked for segment in self.segments)
-        return init_cache(self.config, batch, max_length, self.policy, stacked=stacked)
+        if self.placement is None:
+            return init_cache(self.config, batch, max_length, self.policy, stacked=stacked)
+        return placed.init_cache(self, batch, max_length, stacked=stacked)
 
     def extend(
         self, tokens: Int[Array, "B S"], cache: Cache, lengths: Int[Array, " B"] | None = None
@@ -155,7 +190,7 @@ class Transformer(HeadMixer):
           The backbone's output for the chunk, and the cache. MTP blocks are not advanced: see `extend_mtp`.
         """
         inputs = cached_inputs(self.config, tokens, cache.length, lengths)
-        output, segments = self._backbone(inputs, cache.segments)
+        output, segments = placed.backbone(self, inputs, cache.segments)
         assert segments is not None
         assert inputs.end is not None
         return output, dataclasses.replace(cache, segments=segments, length=inputs.end)
@@ -203,14 +238,14 @@ class Transformer(HeadMixer):
         start = jnp.maximum(before - 1, 0)
         count = jnp.maximum(lengths - is_first[:, 0], 0)
         inputs = cached_inputs(self.config, following, start, count)
-        hidden, layer, _ = block.predict(shifted, self.embed(following), inputs, state.layer)
+        hidden, layer = placed.predict(self, block, shifted, following, inputs, state.layer)
         assert layer is not None
         last = jnp.take_along_axis(rows, lengths[:, None, None, None], axis=1)[:, 0]
         mtp = tuple(MTPCache(layer, last) if i == depth else old for i, old in enumerate(cache.mtp))
         return hidden, dataclasses.replace(cache, mtp=mtp)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
-    def _backbone(
+    def local_backbone(
         self,
         inputs: LayerInputs,
         caches: tuple | None,
@@ -219,13 +254,14 @@ class Transformer(HeadMixer):
         record: bool = False,
         remat: bool = False,
     ) -> tuple[ForwardOutput, tuple | None]:
+        """All layers, on the tokens and parameters of one device."""
         embedded = self.embed(inputs.tokens)
-        streams = jnp.repeat(embedded[:, :, None], self.config.hc_mult, axis=2)
+        residual = Residual(jnp.tile(embedded, self.config.hc_mult))
         after, loads, balances, choices, done = [], [], [], [], 0
         for i, segment in enumerate(self.segments):
             width = len(segment.spec.unit)
-            streams, cache, metrics = segment(
-                streams,
+            residual, cache, metrics = segment.advance(
+                residual,
                 inputs,
                 None if caches is None else caches[i],
                 None if replay is None else replay[done : done + width],
@@ -238,7 +274,7 @@ class Transformer(HeadMixer):
             balances.append(_in_layer_order([m.balance for m in metrics]))
             if record:
                 choices += _choices_in_layer_order(metrics)
-        hidden = self.norm(self._mix(self.config, streams))
+        hidden, streams = self._collapse(self.config, self.norm, residual)
         output = ForwardOutput(
             hidden, streams, jnp.concatenate(loads), jnp.concatenate(balances), tuple(choices) if record else None
         )
@@ -341,17 +377,32 @@ def named_variables(module: nnx.Module, skip: tuple[str, ...] = ()) -> dict[str,
 
 def flatten(module: nnx.Module, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """NumPy copies of a module's variables by name."""
-    return {name: np.asarray(variable[...]) for name, variable in named_variables(module, skip).items()}
+    return {
+        name: _in_file_order(variable, parallel.on_host(variable[...]))
+        for name, variable in named_variables(module, skip).items()
+    }
+
+
+def _in_file_order(variable: nnx.Variable, array: Any) -> Any:
+    """From a variable's order of axes to a file's, or back: packed FP4 experts have their last two swapped."""
+    return ops.k_major(array) if isinstance(variable, PackedCodes | PackedScales) else array
+
+
+def check_tensors(variables: Mapping[str, nnx.Variable], tensors: Mapping[str, Any]) -> None:
+    """Refuses tensors that are not exactly those of the variables, by name."""
+    missing, unknown = sorted(variables.keys() - tensors.keys()), sorted(tensors.keys() - variables.keys())
+    if missing or unknown:
+        raise ValueError(f"tensors: missing {missing or 'none'}, unknown {unknown or 'none'}")
 
 
 def fill(module: nnx.Module, tensors: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
     """Gives an abstract module its arrays, checked by name and shape and cast to the declared dtypes."""
     variables = named_variables(module, skip)
-    missing, unknown = sorted(variables.keys() - tensors.keys()), sorted(tensors.keys() - variables.keys())
-    if missing or unknown:
-        raise ValueError(f"tensors: missing {missing or 'none'}, unknown {unknown or 'none'}")
+    check_tensors(variables, tensors)
     for name, variable in variables.items():
-        want = variable.get_value()
-        if tensors[name].shape != want.shape:
-            raise ValueError(f"tensor {name}: got shape {tensors[name].shape}, need {want.shape}")
-        variable.set_value(jnp.asarray(tensors[name], dtype=want.dtype))
+        want, given = variable.get_value(), _in_file_order(variable, tensors[name])
+        if given.shape != want.shape:
+            raise ValueError(f"tensor {name}: got shape {given.shape}, need {want.shape}")
+        # A checkpoint's scales may be of any float type, and rounding one would change every value that it scales.
+        dtype = given.dtype if isinstance(variable, Scales) else want.dtype
+        variable.set_value(jnp.asarray(given, dtype=dtype))

@@ -5,17 +5,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from v4jax import ops
+from v4jax import distributed, ops
+from v4jax.config import ModelConfig
 from v4jax.errors import UsageError, UserError
 from v4jax.host_memory import keep_freed_memory
-from v4jax.loading import DType, QuantSim, load
+from v4jax.loading import DType, QuantSim, WeightsAtRunTime, load
 from v4jax.model.transformer import Transformer
+from v4jax.parallel import on_host
 from v4jax.serve.decoder import Decoder, first_sample
 from v4jax.serve.sampling import Sampling, sequence_keys
+from v4jax.sharding import choose_mesh
 from v4jax.tokenizer import Tokenizer
 
 
@@ -54,12 +56,12 @@ def generate(
     tokens = first_sample(logits, keys, cache.length, *settings)
     is_open = np.ones(len(prompts), bool)
     for step in range(max_new_tokens):
-        drawn = np.asarray(tokens)
+        drawn = on_host(tokens)
         yield [int(token) if is_open[i] else None for i, token in enumerate(drawn)]
         is_open &= ~np.isin(drawn, list(ends))
         if not is_open.any() or step + 1 == max_new_tokens:
             return
-        tokens, cache = decoder.step_and_sample(jnp.asarray(tokens), cache, keys, *settings)
+        tokens, cache = decoder.step_and_sample(tokens, cache, keys, *settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,10 @@ class Options:
     """auto: float32 on CPU, bfloat16 elsewhere."""
     quant_sim: QuantSim = "auto"
     """Simulated quantisation: auto is on for FP4 checkpoints in bfloat16."""
+    weights: WeightsAtRunTime = "bf16"
+    """native keeps FP8 and FP4 bytes in memory and dequantises inside the step; bf16 dequantises while loading."""
+    mesh: str | None = None
+    """Devices to divide the model over, such as data=2,expert=4; chosen from their number if not given."""
     implementation: tuple[str, ...] = ()
     """op=pallas|xla|reference, to force an implementation."""
 
@@ -101,13 +107,16 @@ def run(options: Options) -> None:
     prompt = _encode(tokenizer, options)
     keep_freed_memory()
     with ops.implementations(options.implementation):
-        model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim)
+        mesh = choose_mesh(options.mesh, ModelConfig.from_hf(options.path), "decode")
+        model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim, weights=options.weights, mesh=mesh)
         text = tokenizer.stream(skip_special_tokens=True)
         for (token,) in generate(model, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling):
             assert token is not None
-            sys.stdout.write(text.push(token))
-            sys.stdout.flush()
-        sys.stdout.write(text.finish() + "\n")
+            if distributed.is_first():
+                sys.stdout.write(text.push(token))
+                sys.stdout.flush()
+        if distributed.is_first():
+            sys.stdout.write(text.finish() + "\n")
 
 
 def _encode(tokenizer: Tokenizer, options: Options) -> list[int]:

@@ -14,9 +14,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from v4jax import distributed
+from v4jax.config import ModelConfig
 from v4jax.errors import UserError
 from v4jax.loading import DType, QuantSim, load
 from v4jax.model.transformer import Transformer
+from v4jax.sharding import choose_mesh
 from v4jax.train.baselines import Bigram, Unigram
 from v4jax.train.data import Batch, evaluation_batches
 from v4jax.train.step import evaluation_step
@@ -43,6 +46,8 @@ class Options:
     """auto: float32 on CPU, bfloat16 elsewhere."""
     quant_sim: QuantSim = "auto"
     """Simulated quantisation: auto is on for FP4 checkpoints in bfloat16; a bare --quant-sim means on."""
+    mesh: str | None = None
+    """Devices to divide the model over, such as data=2,expert=4; chosen from their number if not given."""
     no_baselines: bool = False
     """Leave out the unigram and bigram models of the rest of the data."""
     json: Path | None = None
@@ -70,7 +75,8 @@ def run(options: Options) -> None:
     """The verb: a table on stdout."""
     _check(options)
     console = Console(stderr=True, highlight=False)
-    model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim)
+    mesh = choose_mesh(options.mesh, ModelConfig.from_hf(options.path), "prefill")
+    model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim, mesh=mesh, recipe="prefill")
     with tempfile.TemporaryDirectory(prefix="v4jax-") as folder:
         corpora = load_corpora(options.path, model.config, options.data, Path(folder), options.held_out_fraction)
         corpus = corpora["held_out"]
@@ -89,6 +95,8 @@ def run(options: Options) -> None:
             if corpora["train"].num_documents and not options.no_baselines:
                 levels = evaluate_baselines(corpora["train"], batches(), model.config.vocab_size)
         report = _report(result, levels, corpus)
+    if not distributed.is_first():
+        return
     _print_report(report)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING
 
 import jax
 import tyro
+from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from v4jax import distributed
 from v4jax.checkpoint.reader import open_checkpoint
 from v4jax.checkpoint.store import RunDirectory, StateStore, abstract_like, fingerprint
 from v4jax.checkpoint.writer import save_model
@@ -34,6 +36,7 @@ from v4jax.errors import UserError
 from v4jax.host_memory import keep_freed_memory
 from v4jax.loading import build
 from v4jax.model.transformer import Transformer
+from v4jax.sharding import Placement, choose_mesh, format_mesh
 from v4jax.train.data import Batch, evaluation_batches, training_batches
 from v4jax.train.evaluate import Evaluation, evaluate, evaluate_baselines
 from v4jax.train.recipes import FREE_TO_CHANGE, ComputeDType, TrainOptions, resolve
@@ -113,6 +116,9 @@ class Options:
     """Steps between saved states."""
     keep: int | None = None
     """Saved states to keep."""
+    mesh: str | None = None
+    """Devices to divide the run over, such as fsdp=2,expert=4; chosen from their number if not given. A run may go on
+    with another one."""
 
 
 def run(options: Options) -> None:
@@ -120,17 +126,26 @@ def run(options: Options) -> None:
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainOptions)}
     settings = resolve(options.recipe, **given)
     keep_freed_memory()
-    print(finetune(options.path, options.data, options.out, settings))
+    with distributed.lost_processes_end_the_run(
+        "start the same command again on all of them: the run goes on from its last saved state"
+    ):
+        result = finetune(options.path, options.data, options.out, settings, mesh=options.mesh)
+    if distributed.is_first():
+        print(result)
 
 
-def finetune(path: str | Path, data: str, out: Path, settings: TrainOptions) -> Path:
+def finetune(path: str | Path, data: str, out: Path, settings: TrainOptions, *, mesh: str | None = None) -> Path:
     """Runs, or goes on with, a training run.
+
+    Of several processes the first alone writes the files of the run, in a directory that all of them see; the training
+    states are written by all.
 
     Args:
         path: model directory, of any kind that `v4jax.load` reads.
         data: text (`TextSource`).
         out: directory of the run.
         settings: everything else.
+        mesh: `--mesh`.
 
     Returns:
         The finished model directory, `out/model`.
@@ -138,23 +153,30 @@ def finetune(path: str | Path, data: str, out: Path, settings: TrainOptions) -> 
     Raises:
         UserError: bad settings, data or directories; or a loss that is no longer finite.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not distributed.is_first())
     config = ModelConfig.from_hf(path)
     _check_fits(config, settings)
+    devices = choose_mesh(mesh, config, "train")
+    placement = None if devices is None else Placement(devices, "train")
     # A scan over stacked layers copies each layer's weights and gradients, which costs a third of the speed on CPU.
     stacked = jax.default_backend() != "cpu"
     identity = dataclasses.asdict(settings) | {"data": data, "model": fingerprint(Path(path)), "stacked": stacked}
-    RunDirectory(out, identity, free=FREE_TO_CHANGE)
+    distributed.in_first("--out", lambda: RunDirectory(out, identity, free=FREE_TO_CHANGE))
     result = out / "model"
     if result.is_dir():
         console.print(f"this run is complete: {result}")
         return result
-    corpora = load_corpora(path, config, data, out / "data", settings.held_out_fraction)
+    corpora = distributed.first_then_all(
+        "--data", lambda: load_corpora(path, config, data, out / "data", settings.held_out_fraction)
+    )
     _describe(console, corpora)
 
-    layout, state, frozen = take_apart(_load(path, settings, stacked=stacked), settings)
-    # Committed to a device, as restored arrays are: a resumed run then runs the very same program.
-    state, frozen = jax.device_put((state, frozen), jax.local_devices()[0])
+    layout, state, frozen = take_apart(_load(path, settings, placement, stacked=stacked), settings)
+    if placement is None:
+        # Committed to a device, as restored arrays are: a resumed run then runs the very same program.
+        state, frozen = jax.device_put((state, frozen), jax.local_devices()[0])
+    else:
+        console.print(f"mesh: {format_mesh(placement.sizes)}, {jax.process_count()} process(es)")
     with StateStore(out / "state", keep=settings.keep) as store:
         batches = training_batches(
             corpora["train"],
@@ -168,8 +190,10 @@ def finetune(path: str | Path, data: str, out: Path, settings: TrainOptions) -> 
             state, progress = store.restore(last, like)
             batches.set_state(progress)
             console.print(f"going on after step {last}")
-        with MetricsLog(out / "metrics.jsonl", last_step=-1 if last is None else last) as log:
-            run = _Run(config, settings, layout, frozen, corpora, batches, store, log, console, out / "loss.png")
+        with MetricsLog(_first_only(out / "metrics.jsonl"), last_step=-1 if last is None else last) as log:
+            run = _Run(
+                config, settings, layout, frozen, corpora, batches, store, log, console, _first_only(out / "loss.png")
+            )
             state = run.train(state)
     _export(layout.assemble(state.parameters, state.router_biases, frozen), Path(path), result)
     console.print(f"model written to {result}")
@@ -205,11 +229,13 @@ class _Run:
     store: StateStore
     log: MetricsLog
     console: Console
-    picture: Path
+    picture: Path | None
 
     def train(self, state: TrainState) -> TrainState:
         """Steps until done. Metrics of a step are fetched while the next one runs."""
-        train_step = make_train_step(self.layout, self.config, self.settings)
+        is_divided = isinstance(state.step.sharding, NamedSharding)
+        like = state if is_divided else None
+        train_step = make_train_step(self.layout, self.config, self.settings, like)
         levels = self._baselines()
         begin, end = int(state.step), self.settings.steps
         if begin == 0:
@@ -305,6 +331,8 @@ class _Run:
         return levels
 
     def _plot(self, levels: dict[str, float]) -> None:
+        if self.picture is None:
+            return
         try:
             plot_losses(self.log.rows, self.picture, levels)
         except ImportError:
@@ -333,15 +361,25 @@ class _Speedometer:
         self._marks.clear()
 
 
-def _load(path: str | Path, settings: TrainOptions, *, stacked: bool) -> Transformer:
-    return build(open_checkpoint(path), DTypePolicy.named(settings.dtype, param="float32"), stacked=stacked)
+def _load(path: str | Path, settings: TrainOptions, placement: Placement | None, *, stacked: bool) -> Transformer:
+    policy = DTypePolicy.named(settings.dtype, param="float32")
+    return build(open_checkpoint(path), policy, stacked=stacked, placement=placement)
+
+
+def _first_only(path: Path) -> Path | None:
+    """A file that the first process writes."""
+    return path if distributed.is_first() else None
 
 
 def _export(model: Transformer, source: Path, result: Path) -> None:
     """Writes the model directory, which appears when whole."""
     partial = result.with_name(result.name + ".partial")
-    if partial.exists():
+    if partial.exists() and distributed.is_first():
         shutil.rmtree(partial)
     top, layers, mtp = model.to_tensors()
-    save_model(partial, model.config, top, layers, mtp, weights="fp32", assets_from=source)
-    os.replace(partial, result)
+    if not distributed.is_first():
+        collections.deque(layers, maxlen=0)  # the first process needs our parts of each
+    else:
+        save_model(partial, model.config, top, layers, mtp, weights="fp32", assets_from=source)
+        os.replace(partial, result)
+    distributed.meet("model written")

@@ -7,31 +7,42 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from v4jax.plotting import new_figure
+
 Row = dict[str, Any]
 
 
 class MetricsLog:
-    """`metrics.jsonl`, appended to; opening it drops what lies beyond a step, so that a resumed run repeats no row."""
+    """`metrics.jsonl`, appended to; opening it drops what lies beyond a step, so that a resumed run repeats no row.
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
-        self._path = path
+    Without a path nothing is written.
+    """
+
+    def __init__(self, path: Path | None, *, last_step: int) -> None:
+        self._path, self._file = path, None
+        self.rows: list[Row] = []
+        if path is None:
+            return
         self.rows = [row for row in _read_rows(path) if row["step"] <= last_step]
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(partial, path)
 
     def __enter__(self) -> "MetricsLog":
-        self._file = open(self._path, "a")
+        if self._path is not None:
+            self._file = open(self._path, "a")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, row: Row) -> None:
         """Appends a row, which has a `step`; it survives a kill of the process from here on."""
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -48,15 +59,9 @@ def plot_losses(rows: Sequence[Row], path: Path, levels: Mapping[str, float] | N
     Raises:
         ImportError: matplotlib is missing.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(8, 4.5)
     end = max(step for step, _ in train + held_out)
     if train:
         steps, values = zip(*train, strict=True)
@@ -77,7 +82,7 @@ def plot_losses(rows: Sequence[Row], path: Path, levels: Mapping[str, float] | N
     axes.set_xlabel("step")
     axes.set_ylabel("next-token loss (nats)")
     axes.set_xlim(0, max(end, 1) * 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params(axis="x", integer=True)
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

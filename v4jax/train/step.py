@@ -4,6 +4,7 @@ The model is split once into what the optimiser moves, what the load rule moves 
 are flat dicts by dotted parameter name, which is also how they are saved. Inside the step they are merged again.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from v4jax.compilation import jit
 from v4jax.config import ModelConfig, RouterKind, layer_plan
 from v4jax.model.params import RouterBias
 from v4jax.model.transformer import Transformer
+from v4jax.sharding import Placement, optimizer_shardings
 from v4jax.train import loss as losses
 from v4jax.train.optimizer import learning_rate_schedule, make_optimizer, trainable_names
 from v4jax.train.recipes import TrainOptions
@@ -73,6 +76,7 @@ def take_apart(model: Transformer, options: TrainOptions) -> tuple[Layout, Train
     }
     trained = trainable_names(options, roles, has_mtp=model.config.num_mtp_layers > 0)
     arrays: Arrays = {name: variable[...] for name, (_, variable) in variables.items()}
+    placement = model.placement
     parameters = {name: jnp.asarray(arrays[name], jnp.float32) for name in arrays if name in trained}
     layout = Layout(
         structure=structure,
@@ -84,9 +88,27 @@ def take_apart(model: Transformer, options: TrainOptions) -> tuple[Layout, Train
         step=jnp.int32(0),
         parameters=parameters,
         router_biases={name: arrays[name] for name in layout.bias_layers},
-        optimizer=make_optimizer(options, layout.roles).init(parameters),
+        optimizer=_initial_optimizer(make_optimizer(options, layout.roles), parameters, placement),
     )
+    if placement is not None:
+        start = start._replace(step=jax.device_put(start.step, NamedSharding(placement.mesh, PartitionSpec())))
     return layout, start, {name: arrays[name] for name in arrays if name not in parameters | start.router_biases}
+
+
+def _initial_optimizer(
+    optimizer: optax.GradientTransformation, parameters: Arrays, placement: Placement | None
+) -> optax.OptState:
+    """On a mesh the moments lie as their parameters do."""
+    if placement is None:
+        return optimizer.init(parameters)
+    abstract = jax.eval_shape(optimizer.init, parameters)
+    shardings = optimizer_shardings(abstract, {k: _named(v) for k, v in parameters.items()}, placement.mesh)
+    return jax.jit(optimizer.init, out_shardings=shardings)(parameters)
+
+
+def _named(array: Array) -> NamedSharding:
+    assert isinstance(array.sharding, NamedSharding)
+    return array.sharding
 
 
 def router_bias_layers(model: Transformer, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -127,12 +149,16 @@ def summed_losses(model: Transformer, batch: Batch, *, has_mtp: bool, remat: boo
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     out = model.hidden(tokens, segment_ids, remat=remat)
     labels, mask = losses.next_token_labels(tokens, segment_ids)
-    main = losses.token_loss(out.hidden, model.head_weight, labels, mask)
+    token_loss = functools.partial(losses.token_loss, placement=model.placement)
+    main = token_loss(out.hidden, model.head_weight, labels, mask)
     mtp_loss, mtp_tokens = jnp.float32(0), jnp.float32(0)
     if has_mtp:
         labels, mtp_mask = losses.next_token_labels(tokens, segment_ids, ahead=2)
         hidden = model.mtp_hidden(out.streams, tokens, segment_ids)
-        mtp_loss = losses.token_loss(hidden, model.head_weight, labels[:, :-1], mtp_mask[:, :-1]).loss
+        # Whole rows where they may be divided: the last position is masked out.
+        hidden = jnp.pad(hidden, ((0, 0), (0, 1), (0, 0))) if model.placement is not None else hidden
+        size = hidden.shape[1]
+        mtp_loss = token_loss(hidden, model.head_weight, labels[:, :size], mtp_mask[:, :size]).loss
         mtp_tokens = _count(mtp_mask)
     routed = np.asarray([spec.router is RouterKind.TOPK for spec in layer_plan(model.config)], np.float32)
     balance = tokens.shape[0] * jnp.sum(out.balance * routed)
@@ -164,8 +190,12 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Arrays, Batch], tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(layout: Layout, config: ModelConfig, options: TrainOptions) -> TrainStep:
+def make_train_step(
+    layout: Layout, config: ModelConfig, options: TrainOptions, like: TrainState | None = None
+) -> TrainStep:
     """The jitted step `(state, frozen, batch) → (state, metrics)`; it donates the state.
+
+    On a mesh `like` is a state (or `ShapeDtypeStruct`s) whose shardings the gradients and the new state get.
 
     With `accumulate` > 1 the rows are taken in that many parts; every part's loss is divided by the token count of the
     whole batch, so the gradient is that of the whole batch up to the order of sums.
@@ -183,6 +213,7 @@ def make_train_step(layout: Layout, config: ModelConfig, options: TrainOptions) 
         return objective + options.balance_weight * sums.balance / rows, sums
 
     gradient = jax.grad(objective, has_aux=True)
+    shardings: Any = None if like is None else jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
         rows = batch["tokens"].shape[0]
@@ -192,6 +223,8 @@ def make_train_step(layout: Layout, config: ModelConfig, options: TrainOptions) 
             return gradient(state.parameters, state.router_biases, frozen, part, counts, rows)
 
         gradients, sums = _accumulate(part_gradient, batch, options.accumulate)
+        if shardings is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, shardings.parameters)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         biases = state.router_biases
         if options.bias_update_speed:
@@ -208,7 +241,10 @@ def make_train_step(layout: Layout, config: ModelConfig, options: TrainOptions) 
         parameters: Any = optax.apply_updates(state.parameters, updates)
         return TrainState(state.step + 1, parameters, biases, optimizer_state), metrics
 
-    return jit(step, donate_argnums=0)
+    if shardings is None:
+        return jit(step, donate_argnums=0)
+    everywhere = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
 def _mask(batch: Batch, ahead: int) -> Array:
