@@ -16,8 +16,8 @@ FILES = sorted([*(ROOT / "v4jax").rglob("*.py"), *(ROOT / "kernels_pallas").rglo
 KERNELS = {"kernels_pallas"}
 BASE = {"v4jax.errors", "v4jax.config", "v4jax.dtypes", "v4jax.sharding", "v4jax.quant", "v4jax.cache"}
 TEXT = {"v4jax.errors", "v4jax.chat", "v4jax.tokenizer"}
-MODEL = BASE | {"v4jax.ops", "v4jax.compilation", "v4jax.model"}
-STORED = MODEL | TEXT | {"v4jax.checkpoint", "v4jax.loading", "kernels_pallas.formats"}
+MODEL = BASE | {"v4jax.ops", "v4jax.parallel", "v4jax.compilation", "v4jax.model"}
+STORED = MODEL | TEXT | {"v4jax.distributed", "v4jax.checkpoint", "v4jax.loading", "kernels_pallas.formats"}
 USES = STORED | {"v4jax.host_memory", "v4jax.logits", "v4jax.train", "v4jax.serve"}
 
 # Module → what it may import of this project; the longest prefix counts. Each may import itself.
@@ -29,26 +29,34 @@ ALLOWED = {
     "v4jax.config": {"v4jax.errors", "v4jax.hf_config"},  # for from_hf and to_hf, inside the methods
     "v4jax.hf_config": {"v4jax.errors", "v4jax.config"},
     "v4jax.dtypes": {"v4jax.errors", "v4jax.config"},
-    "v4jax.sharding": {"v4jax.errors", "v4jax.config", "v4jax.dtypes"},
+    "v4jax.sharding": {"v4jax.errors", "v4jax.config", "v4jax.dtypes", "v4jax.cache"},
     "v4jax.quant": {"v4jax.errors", "v4jax.config", "v4jax.dtypes", "kernels_pallas.formats"},
     "v4jax.cache": BASE - {"v4jax.cache"},
     "v4jax.chat": {"v4jax.errors"},
     "v4jax.tokenizer": TEXT,
     "v4jax.ops": KERNELS | {"v4jax.errors", "v4jax.quant", "v4jax.sharding"},
+    "v4jax.distributed": {"v4jax.errors"},
+    "v4jax.parallel": {"v4jax.cache", "v4jax.sharding"},
     "v4jax.compilation": {"v4jax.ops"},
-    "v4jax.model": MODEL,
+    "v4jax.model": MODEL | {"kernels_pallas.formats"},
     "v4jax.checkpoint": STORED - {"v4jax.loading"},
+    "v4jax.checkpoint.verb": STORED | {"v4jax.verify"},
     "v4jax.loading": STORED,
-    "v4jax.logits": STORED,
-    "v4jax.train": STORED | {"v4jax.train", "v4jax.host_memory"},
+    "v4jax.streaming": STORED,
+    "v4jax.verify": STORED | {"v4jax.streaming", "v4jax.logits", "v4jax.peer"},
+    "v4jax.logits": STORED | {"v4jax.streaming"},
+    "v4jax.train": STORED | {"v4jax.train", "v4jax.host_memory", "v4jax.plotting"},
     "v4jax.serve": STORED | {"v4jax.serve", "v4jax.host_memory"},
     "v4jax.info": USES | KERNELS,
-    "v4jax.plan": USES | KERNELS,
+    "v4jax.plan": USES | KERNELS | {"v4jax.plan", "v4jax.cost", "v4jax.info", "v4jax.plotting"},
     "v4jax.host_memory": set(),
+    "v4jax.plotting": set(),
     "v4jax.cost": STORED,
     "v4jax.peer": USES | {"v4jax.cost"},
     "v4jax.bench_sides": USES | {"v4jax.cost", "v4jax.peer"},
     "v4jax.bench": USES | KERNELS | {"v4jax.cost", "v4jax.bench_sides"},
+    "v4jax.bench_kernels": KERNELS | {"v4jax.errors", "v4jax.plotting"},
+    "v4jax.bench_verb": {"v4jax.bench", "v4jax.bench_kernels"},
     "v4jax.cli": {"v4jax", "kernels_pallas"},
 }
 KERNEL_DEPENDENCIES = {"jax", "numpy", "jaxtyping", "ml_dtypes"}
@@ -63,6 +71,7 @@ OPTIONAL = {
     "transformers",
     "accelerate",
     "peft",
+    "fsspec",
 }
 
 

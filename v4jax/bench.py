@@ -19,7 +19,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from v4jax.bench_sides import Setup, SideProcess
 from v4jax.config import ModelConfig
@@ -31,8 +30,6 @@ from v4jax.errors import UserError
 class Options:
     """Measures prefill, decoding and training of the 137M-parameter model `ModelConfig.bench()` in float32."""
 
-    what: tyro.conf.Positional[Literal["model"]]
-    """What to measure."""
     against: Literal["transformers"] | None = None
     """Measure this peer too, on the same weights, taking turns."""
     repetitions: int = 3

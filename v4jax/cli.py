@@ -24,6 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from v4jax import distributed
 from v4jax.errors import UsageError, UserError
 
 
@@ -32,16 +33,22 @@ class Verb(NamedTuple):
 
     module: str
     summary: str
+    is_divided: bool = False
+    """Whether it runs on a mesh, and so in several processes."""
 
 
 VERBS: dict[str, Verb] = {
     "info": Verb("v4jax.info", "what a config or a checkpoint is: layers, parameters, tensors, implementations"),
-    "convert": Verb("v4jax.checkpoint.verb", "between Hugging Face and v4jax model directories"),
-    "logits": Verb("v4jax.logits", "the logits of given tokens, at once, in chunks or one layer at a time"),
-    "generate": Verb("v4jax.serve.generate", "continue a prompt, or answer a message"),
-    "finetune": Verb("v4jax.train.loop", "fine-tune on text; goes on where it stopped"),
-    "evaluate": Verb("v4jax.train.evaluate", "loss, perplexity and accuracy on held-out text"),
-    "bench": Verb("v4jax.bench", "measure, beside a peer and beside the machine's limits"),
+    "convert": Verb("v4jax.checkpoint.verb", "between Hugging Face and v4jax model directories, any storage"),
+    "verify": Verb("v4jax.verify", "a converted checkpoint against its source, or against transformers"),
+    "logits": Verb(
+        "v4jax.logits", "the logits of given tokens, at once, in chunks or one layer at a time", is_divided=True
+    ),
+    "generate": Verb("v4jax.serve.generate", "continue a prompt, or answer a message", is_divided=True),
+    "finetune": Verb("v4jax.train.loop", "fine-tune on text; goes on where it stopped", is_divided=True),
+    "evaluate": Verb("v4jax.train.evaluate", "loss, perplexity and accuracy on held-out text", is_divided=True),
+    "plan": Verb("v4jax.plan.verb", "compile a step for a TPU slice without one: memory, FLOPs, traffic, bounds"),
+    "bench": Verb("v4jax.bench_verb", "measure models beside a peer, or compile the TPU kernels for their cycles"),
 }
 
 # Flags whose value may be left out: flag → (what it then means, the values that count as its own).
@@ -65,6 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         return _complain(f"unknown verb {name!r}; need one of {', '.join(VERBS)} (`v4jax --help`)", 2)
     try:
+        rest, group = distributed.take_flags(rest)
+        is_group = VERBS[name].is_divided and distributed.start(group)
+    except UserError as error:
+        return _complain(str(error), 2 if isinstance(error, UsageError) else 1)
+    code = _run_and_report(name, rest, is_debugging=is_debugging)
+    if is_group and code:
+        distributed.leave(code)
+    return code
+
+
+def _run_and_report(name: str, rest: list[str], *, is_debugging: bool) -> int:
+    try:
         return _run_verb(name, rest)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
@@ -86,7 +105,7 @@ def _run_verb(name: str, arguments: list[str]) -> int:
         options = tyro.cli(
             module.Options,
             prog=f"v4jax {name}",
-            description=(module.Options.__doc__ or VERBS[name].summary),
+            description=(module.Options.__doc__ if isinstance(module.Options, type) else None) or VERBS[name].summary,
             args=fill_bare_flags(arguments, _BARE_FLAGS),
             config=(tyro.conf.FlagCreatePairsOff,),
         )
@@ -128,5 +147,12 @@ def _overview() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
-        ["usage: v4jax VERB …", "", *lines, "", "`v4jax VERB --help` lists a verb's flags; --debug shows tracebacks."]
+        [
+            "usage: v4jax VERB …",
+            "",
+            *lines,
+            "",
+            "`v4jax VERB --help` lists a verb's flags; --debug shows tracebacks.",
+            "On several machines outside Cloud TPU: --coordinator HOST:PORT --processes N --process I on each.",
+        ]
     )

@@ -25,8 +25,10 @@ from v4jax.checkpoint.names import (
     sections,
     stored_tensors,
 )
+from v4jax.checkpoint.orbax_tree import orbax_bytes
 from v4jax.checkpoint.reader import is_v4jax_directory, open_checkpoint
 from v4jax.checkpoint.tensor_file import TensorInfo
+from v4jax.checkpoint.verb import parse_size
 from v4jax.config import LayerSpec, ModelConfig, SegmentSpec, layer_plan, mtp_plan, plan_segments
 from v4jax.errors import UsageError, UserError
 
@@ -49,6 +51,8 @@ class Options:
     """Also write everything to this file."""
     implementation: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Force an implementation, as op=pallas, op=xla or op=reference."""
+    max_memory: str = "2GiB"
+    """What `convert --to orbax` may hold; a note says if a model needs more."""
 
 
 # ---- what there is to say --------------------------------------------------------------------------------------------
@@ -172,7 +176,8 @@ def run(options: Options) -> None:
         console.print(f"[bold]{title}[/bold]")
         console.print(table)
         console.print()
-    for note in (*description.notes, *_missing_kernels(implementations)):
+    over = _orbax_note(description.config, parse_size(options.max_memory, "--max-memory"))
+    for note in (*description.notes, *over, *_missing_kernels(implementations)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
@@ -194,6 +199,16 @@ def to_json(description: Description, implementations: dict[str, dict[str, str]]
         "notes": list(description.notes),
         "implementations": implementations,
     }
+
+
+def _orbax_note(config: ModelConfig, max_memory: int) -> tuple[str, ...]:
+    need = orbax_bytes(config, is_bf16=True)
+    if need <= max_memory:
+        return ()
+    return (
+        f"convert --to orbax --weights bf16 holds {need:,} bytes in memory, more than the --max-memory of "
+        f"{max_memory:,}; --to v4jax streams",
+    )
 
 
 def _spec_fields(spec: LayerSpec) -> dict[str, Any]:
