@@ -10,8 +10,19 @@ from kernels_pallas.dispatch import Implementation, declare
 from kernels_pallas.index_topk import pallas, reference, xla
 from kernels_pallas.tpu import cdiv
 
-_OP = declare("index_topk", pallas=pallas.index_topk, xla=xla.index_topk, reference=reference.index_topk)
-_DECODE = declare("index_topk_decode", pallas=pallas.index_topk_decode, reference=reference.index_topk_decode)
+_OP = declare(
+    "index_topk",
+    is_kernel_forced_only=True,
+    pallas=pallas.index_topk,
+    xla=xla.index_topk,
+    reference=reference.index_topk,
+)
+_DECODE = declare(
+    "index_topk_decode",
+    is_kernel_forced_only=True,
+    pallas=pallas.index_topk_decode,
+    reference=reference.index_topk_decode,
+)
 _MOST = 1 << 14
 
 

@@ -30,7 +30,7 @@ def start(
         "PYTHONPATH": str(ROOT),
     }
     settings = dict(
-        steps=steps, warmup_steps=1, batch_size=4, sequence_length=32, learning_rate=1e-3, epsilon=1e-5,
+        steps=steps, warmup_steps=1, batch_size=4, sequence_length=32, learning_rate=1e-4, epsilon=1e-5,
         eval_every=1000, save_every=2, held_out_tokens=100, held_out_fraction=0.3, mesh=mesh,
     ) | flags  # fmt: skip
     command = [sys.executable, "-m", "v4jax", "finetune", str(model), "--data", str(data), "--out", str(out)]
