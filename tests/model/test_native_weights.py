@@ -57,8 +57,6 @@ def test_native_weights_give_exactly_the_logits_of_the_dequantised_model(checkpo
 
 
 def test_stacked_segments_give_the_same(checkpoint):
-    if checkpoint.config.expert_dtype == "fp8":
-        pytest.skip("the same code as for FP4")
     ids = tokens(checkpoint)
     dequantised, native = models(checkpoint, "float32", stacked=True)
     want = np.asarray(dequantised(ids))
