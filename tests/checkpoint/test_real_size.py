@@ -1,7 +1,9 @@
 """Conversion of matrices of the real size: memory, speed beside plain copying and writing, verification."""
 
+import collections
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +16,8 @@ from real_size import flash_slice, write_checkpoint
 ROOT = Path(__file__).resolve().parent.parent.parent
 MEMORY = 1 << 30
 _NEEDED = 45_000_000_000
+_ROUNDS = 3
+_WEIGHTS = ("native", "bf16")
 
 # Peak memory above that of the interpreter with everything imported, and seconds without the imports.
 _CONVERT = """
@@ -51,27 +55,33 @@ def copy_with_sync(source: Path, out: Path) -> None:
 
 
 def write_with_sync(out: Path, nbytes: int) -> None:
+    out.mkdir()
     block = os.urandom(1 << 24)
-    with out.open("wb", buffering=0) as file:
+    with (out / "plain").open("wb", buffering=0) as file:
         for start in range(0, nbytes, len(block)):
             file.write(block[: nbytes - start])
         os.fsync(file.fileno())
 
 
 def measure(source: Path, folder: Path) -> dict[str, float]:
-    """Shares of the plain speeds and peaks of memory; each phase removes what it wrote."""
-    found: dict[str, float] = {}
-    seconds, memory, _ = run_conversion(source, folder / "native", "native", "v4jax")
-    shutil.rmtree(folder / "native")
-    copying = timed(lambda: copy_with_sync(source, folder / "copy"))
-    shutil.rmtree(folder / "copy")
-    found |= {"native_share": copying / seconds, "native_memory": memory, "native_seconds": seconds}
-    seconds, memory, nbytes = run_conversion(source, folder / "bf16", "bf16", "v4jax")
-    shutil.rmtree(folder / "bf16")
-    writing = timed(lambda: write_with_sync(folder / "plain", nbytes))
-    (folder / "plain").unlink()
-    found |= {"bf16_share": writing / seconds, "bf16_memory": memory, "bf16_seconds": seconds}
-    return found
+    """Shares of the plain speeds and peaks of memory: medians of rounds that alternate, each removing what it wrote."""
+    out = folder / "out"
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for _ in range(_ROUNDS):
+        for weights in _WEIGHTS:
+            seconds, memory, nbytes = run_conversion(source, out, weights, "v4jax")
+            shutil.rmtree(out)
+            if weights == "native":
+                plain = timed(lambda: copy_with_sync(source, out))
+            else:
+                plain = timed(lambda nbytes=nbytes: write_with_sync(out, nbytes))
+            shutil.rmtree(out)
+            found[f"{weights}_seconds"].append(seconds)
+            found[f"{weights}_plain_seconds"].append(plain)
+            found[f"{weights}_memory"].append(memory)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    shares = {f"{name}_share": medians[f"{name}_plain_seconds"] / medians[f"{name}_seconds"] for name in _WEIGHTS}
+    return medians | shares
 
 
 @pytest.mark.slow

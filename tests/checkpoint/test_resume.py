@@ -87,7 +87,8 @@ def test_resume_keeps_what_is_right_and_repeats_what_is_not(tmp_path: Path, sour
     assert 0 < len(finished) < len(names)
     times = {name: (tmp_path / "b" / name).stat().st_mtime_ns for name in finished}
     damaged = tmp_path / "b" / finished[0]
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     (tmp_path / "b" / f"{names[-1]}.partial").parent.mkdir(exist_ok=True)
     (tmp_path / "b" / f"{names[-1]}.partial").write_bytes(b"half")
     seen: list[tuple[int, int]] = []

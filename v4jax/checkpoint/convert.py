@@ -84,7 +84,9 @@ def convert(
                 report.add_file(file)
         if not conversion.is_complete:
             conversion.save()
-            transfer = Transfer(destination, budget, report.add_bytes, lambda tensor: report.add_tensor(tensor.section))
+            transfer = Transfer(
+                destination, budget, reader.reuse, report.add_bytes, lambda tensor: report.add_tensor(tensor.section)
+            )
             for file, record in transfer.write(todo):
                 conversion.add(file.name, record)
             notes += _about_base(job, files)

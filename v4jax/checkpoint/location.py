@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ import numpy as np
 from safetensors import SafetensorError
 
 from v4jax.checkpoint.tensor_file import CheckpointError
+
+_REUSED = 1 << 20
+"""Bytes from which on buffers are worth keeping."""
 
 _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
@@ -189,16 +193,23 @@ def config_source(path: Location) -> "Path | dict[str, Any]":
 class RangeReader:
     """Reads ranges of files that stay open: `pread` for local files, one request per range for remote ones.
 
-    Safe to share between threads.
+    Safe to share between threads. Buffers that come back by `reuse` serve later reads: memory fresh from the system
+    costs a page fault for every page, as much time as reading does.
     """
+
+    _KEPT = 32
+    """Buffers that wait for their next use."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._free: list[np.ndarray] = []
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "RangeReader":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._free.clear()
         descriptors, self._descriptors = self._descriptors, {}
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -209,7 +220,7 @@ class RangeReader:
         Raises:
             CheckpointError: the file cannot be read or ends before.
         """
-        buffer = np.empty(nbytes, np.uint8)
+        buffer = self._buffer(nbytes)
         try:
             if isinstance(file, RemotePath):
                 content = np.frombuffer(file.read_range(offset, offset + nbytes), np.uint8)
@@ -224,6 +235,23 @@ class RangeReader:
         if count < nbytes:
             raise CheckpointError(f"{file}: ends {nbytes - count} bytes too early; fetch it again")
         return buffer
+
+    def reuse(self, content: np.ndarray) -> None:
+        """Takes back what `read` gave, or a view of it, for later reads; nobody may look at it any more."""
+        while isinstance(content.base, np.ndarray):
+            content = content.base
+        if content.dtype == np.uint8 and content.ndim == 1 and content.flags.owndata and content.nbytes >= _REUSED:
+            with self._lock:
+                self._free.append(content)
+                del self._free[: -self._KEPT]
+
+    def _buffer(self, nbytes: int) -> np.ndarray:
+        with self._lock:
+            for place, buffer in enumerate(self._free):
+                if nbytes <= buffer.nbytes <= 2 * nbytes:
+                    del self._free[place]
+                    return buffer[:nbytes]
+        return np.empty(nbytes, np.uint8)
 
     def _pread(self, file: Path, buffer: np.ndarray, offset: int) -> int:
         descriptor = self._descriptors.get(file)

@@ -115,6 +115,7 @@ class Matrix:
             values = decode_fp8(padded, scales, self.tile, dtype)[skipped:]
         else:
             values = decode_fp8(codes, scales, self.tile, dtype)
+        self.reader.reuse(codes)
         is_safe = scales.dtype == ml_dtypes.float8_e8m0fnu and int(scales.view(np.uint8).max()) <= _LARGEST_SAFE_SCALE
         if not is_safe:
             check_finite(self.weight.name, values)

@@ -67,6 +67,7 @@ class Transfer:
     Args:
         destination: the directory.
         budget: what `share_memory` found.
+        reuse: called with each piece that is written and no longer needed.
         on_bytes: called, from any thread, with the number of bytes just written.
         on_tensor: called, from any thread, with each tensor that is written.
     """
@@ -75,10 +76,11 @@ class Transfer:
         self,
         destination: Location,
         budget: Budget,
+        reuse: Callable[[np.ndarray], None],
         on_bytes: Callable[[int], None],
         on_tensor: Callable[[PlannedTensor], None],
     ) -> None:
-        self._destination, self._budget = destination, budget
+        self._destination, self._budget, self._reuse = destination, budget, reuse
         self._on_bytes, self._on_tensor = on_bytes, on_tensor
         self._stop = threading.Event()
 
@@ -102,14 +104,16 @@ class Transfer:
 
     def _write_file(self, file: PlannedFile, makers: ThreadPoolExecutor) -> Record:
         place, digest = self._destination / file.name, hashlib.sha256()
-        with writing(place), appearing_whole(place) as stream:
+        with ThreadPoolExecutor(1) as hasher, writing(place), appearing_whole(place) as stream:
 
-            def put(content: Any) -> None:
+            def put(content: np.ndarray) -> None:
+                hashed = hasher.submit(digest.update, content)  # while it is written
                 write_all(stream, content)
-                digest.update(content)
+                hashed.result()
                 self._on_bytes(len(content))
+                self._reuse(content)
 
-            put(file.header)
+            put(np.frombuffer(file.header, np.uint8))
             for content in self._made(file, makers):
                 put(content)
         return {"bytes": file.nbytes, "sha256": digest.hexdigest()}
