@@ -47,7 +47,8 @@ class LayerCache:
     """[B, P, index H]: the indexer's entries."""
     index_state: CompressorState | None = None
     layer: Leaf = None
-    """int32 scalar in a view of one layer of a stack (`layer_view`), whose window and entries are still the stack's."""
+    """int32 scalar in a view of one layer of a stack (`layer_view`), whose other arrays but the states are still the
+    stack's."""
 
 
 @jax.tree_util.register_dataclass
@@ -188,12 +189,12 @@ def put_rows(
 
 
 # ---- one layer of a stack --------------------------------------------------------------------------------------------
-_SLICED = ("state", "index_keys", "index_state")
-"""Not the window and the entries: the decode kernel reads those in their stack, and one row per token is written."""
+_SLICED = ("state", "index_state")
+"""Not the window, the entries and the index keys: decoding reads those in their stack, and writes a row per token."""
 
 
 def layer_view(stacked: LayerCache, index: Int[Array, ""]) -> LayerCache:
-    """One layer of a stack of caches; window and entries stay whole, with the layer's index beside them."""
+    """One layer of a stack of caches; all but the states stay whole, with the layer's index beside them."""
 
     def of_layer(a: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False)

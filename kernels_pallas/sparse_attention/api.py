@@ -23,8 +23,8 @@ _DECODE = declare(
     "sparse_attention_decode",
     is_kernel_forced_only=True,
     pallas=kernel_decode.sparse_attention_decode,
-    xla=functools.partial(of_one_layer, xla.sparse_attention_decode),
-    reference=functools.partial(of_one_layer, reference.sparse_attention_decode),
+    xla=functools.partial(of_one_layer, xla.sparse_attention_decode, xla.GATHER_FROM),
+    reference=functools.partial(of_one_layer, reference.sparse_attention_decode, None),
 )
 
 

@@ -17,7 +17,7 @@ _ELEMENTS = 1 << 23
 _PARTS = 2
 """Parts of a block of queries: each multiplies 1.5 blocks of window keys instead of 2; more parts cost more than they
 save."""
-_GATHER_FROM = 8
+GATHER_FROM = 8
 """Gathering pays once there are this many entries per selected one: a dense product wastes 8× the arithmetic, and a
 gather costs about that much more per row than a contiguous read (measured on CPU; the same order on GPU)."""
 
@@ -98,7 +98,7 @@ def sparse_attention(
     block = _PARTS * cdiv(max(window, _MIN_BLOCK), _PARTS)
     count = cdiv(length, block)
     size = 0 if entries is None else entries.shape[1]
-    is_gathered = selection is not None and size > _GATHER_FROM * selection.shape[-1]
+    is_gathered = selection is not None and size > GATHER_FROM * selection.shape[-1]
     # Queries that are looked at together: what they touch, scores or gathered rows, stays within bounds.
     touched = heads * size
     if is_gathered:
@@ -179,11 +179,6 @@ def sparse_attention_decode(
 ) -> Float[Array, "B N H"]:
     """See `api.sparse_attention_decode`."""
     if entries is not None and visible is not None and selection is not None:
-        if entries.shape[1] > _GATHER_FROM * selection.shape[-1]:
-            rows = jnp.maximum(selection, 0)
-            visible = jnp.take_along_axis(visible, rows, axis=1) & (selection >= 0)
-            entries = jnp.take_along_axis(entries, rows[..., None], axis=1)
-        else:
-            visible = visible & _scatter_mask(selection[:, None], entries.shape[1])[:, 0]
+        visible = visible & _scatter_mask(selection[:, None], entries.shape[1])[:, 0]
     far_mask = None if visible is None else visible[:, None]
     return _attend_two(q[:, None], ring, ring_valid[:, None], entries, far_mask, sink, scale)[:, 0]

@@ -107,7 +107,7 @@ class Transfer:
         with ThreadPoolExecutor(1) as hasher, writing(place), appearing_whole(place) as stream:
 
             def put(content: np.ndarray) -> None:
-                hashed = hasher.submit(digest.update, content)  # while it is written
+                hashed = hasher.submit(digest.update, content.data)  # while it is written
                 write_all(stream, content)
                 hashed.result()
                 self._on_bytes(len(content))

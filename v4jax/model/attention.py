@@ -115,17 +115,16 @@ class Attention(nnx.Module):
         )
         return parallel.join(chosen, names, 1) if is_divided else chosen
 
-    def _select_step(self, x: jax.Array, latent: jax.Array, inputs: LayerInputs, keys: jax.Array) -> jax.Array:
+    def _select_step(self, x: jax.Array, latent: jax.Array, inputs: LayerInputs, cache: LayerCache) -> jax.Array:
         """`_select` of one token per sequence: its cached entries are in order, so that it sees the first ones."""
+        keys, topk = cache.index_keys, self.indexer.topk
+        assert keys is not None
         q, weights = self.indexer.queries(x, latent, inputs.turn(self.spec.ratio))
         q, weights = (parallel.join(a, parallel.axes("index_heads"), 2) for a in (q, weights))
-        visible = jnp.clip(
-            (inputs.positions[:, 0] + 1) // self.spec.ratio - first_place(keys.shape[1]), 0, keys.shape[1]
-        )
-        chosen = ops.index_topk_decode(q[:, 0], weights[:, 0], keys, visible, topk=self.indexer.topk)[:, None]
-        if parallel.axes("entries"):
-            return merged_selection(chosen, q, weights, keys, self.indexer.topk)
-        return chosen
+        count = keys.shape[-2]
+        visible = jnp.clip((inputs.positions[:, 0] + 1) // self.spec.ratio - first_place(count), 0, count)
+        chosen = ops.index_topk_decode(q[:, 0], weights[:, 0], keys, visible, layer=cache.layer, topk=topk)[:, None]
+        return merged_selection(chosen, q, weights, keys, cache.layer, topk) if parallel.axes("entries") else chosen
 
     def _has_selection(self, count: int) -> bool:
         return self.spec.has_indexer and self.indexer.needs_selection(count)
@@ -199,8 +198,7 @@ class Attention(nnx.Module):
             if selection is not None:
                 selection = own_selection(selection, count)
             elif self._has_selection(count * parallel.device_count(divided)):
-                assert cache.index_keys is not None
-                selection = self._select_step(x, latent, inputs, cache.index_keys)
+                selection = self._select_step(x, latent, inputs, cache)
         out = attend(
             q[:, 0], ring, jnp.minimum(inputs.end, self.config.sliding_window), self.attn_sink[...], cache.entries,
             entry_count, None if selection is None else selection[:, 0], layer=cache.layer, scale=self._scale,
@@ -213,19 +211,19 @@ class Attention(nnx.Module):
             return cache
 
         def advance(
-            compressor: Compressor, values: jax.Array | None, state: CompressorState | None, layer: jax.Array | None
+            compressor: Compressor, values: jax.Array | None, state: CompressorState | None
         ) -> tuple[jax.Array, CompressorState]:
             assert values is not None
             assert state is not None
             form = compressor.step if inputs.is_step else compressor.extend
             new, state = form(x, inputs, state)
-            return put_entries(values, new.values, new.place, new.valid, layer), state
+            return put_entries(values, new.values, new.place, new.valid, cache.layer), state
 
-        entries, state = advance(self.compressor, cache.entries, cache.state, cache.layer)
+        entries, state = advance(self.compressor, cache.entries, cache.state)
         cache = dataclasses.replace(cache, entries=entries, state=state)
         if not self.spec.has_indexer:
             return cache
-        keys, state = advance(self.indexer.compressor, cache.index_keys, cache.index_state, None)
+        keys, state = advance(self.indexer.compressor, cache.index_keys, cache.index_state)
         return dataclasses.replace(cache, index_keys=keys, index_state=state)
 
     def _in_slots(self, values: Float[Array, "B P *R"]) -> Entries:

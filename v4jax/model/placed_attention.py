@@ -52,22 +52,24 @@ def merged_selection(
     selection: Int[Array, "B 1 K"],
     q: Float[Array, "B 1 N H"],
     weights: Float[Array, "B 1 N"],
-    keys: Float[Array, "B P H"],
+    keys: Float[Array, "*L B P H"],
+    layer: Int[Array, ""] | None,
     topk: int,
 ) -> Int[Array, "B 1 L"]:
     """The best `topk` of all devices' selections, as far as this device holds them.
 
     Args:
       selection: this device's own numbers of its best entries, −1 for none.
-      q, weights, keys: as for `ops.index_topk`; keys are this device's.
+      q, weights, keys, layer: as for `ops.index_topk_decode`; keys are this device's.
 
     Returns:
       This device's numbers of the selected entries, −1 for those elsewhere. Ties go to the lowest place overall: each
       device's entries are put in order here, and the devices are in order.
     """
-    names, count = parallel.axes("entries"), keys.shape[1]
+    names, count = parallel.axes("entries"), keys.shape[-2]
     number = jnp.sort(jnp.where(selection < 0, count, selection), axis=-1)
-    rows = jnp.take_along_axis(keys, jnp.minimum(number, count - 1)[:, 0, :, None], axis=1)
+    lead = () if layer is None else (layer,)
+    rows = keys.at[(*lead, jnp.arange(len(q))[:, None], number[:, 0])].get(mode="clip")
     scores = jnp.where(number < count, ops.index_scores(q, weights, rows), -jnp.inf)
     places = parallel.join(jnp.where(number < count, number + parallel.index(names) * count, -1), names, 2)
     best, rank = jax.lax.top_k(parallel.join(scores, names, 2), min(topk, places.shape[-1]))
