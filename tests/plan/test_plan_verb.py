@@ -112,6 +112,29 @@ def test_the_fastest_of_the_compiled_meshes_that_fit_is_chosen(monkeypatch, tmp_
     assert "fits: False" in out
 
 
+def test_where_a_step_does_not_fit_the_smallest_slice_that_holds_it_is_shown(monkeypatch, tmp_path, capsys):
+    tried = []
+
+    def pretend(request, **_):  # fits from 32 chips on
+        tried.append(request.topology.name)
+        return Failure("memory", "too much") if request.topology.chips < 32 else program(1e9, 1 << 30)
+
+    monkeypatch.setattr(verb, "compile_request", pretend)
+    flags = ["--topology", "v6e:2x4", "--step", "decode", "--weights", "bf16", "--batch", "64", "--context", "1024"]
+    file = tmp_path / "plan.json"
+    assert main(["plan", "tiny", *flags, "--compiled", "1", "--json", str(file)]) == 0
+    facts = json.loads(file.read_text())
+    assert tried == ["v6e:2x4", "v6e:4x4", "v6e:4x8"]
+    assert not facts["fits"]
+    assert facts["smallest_fitting"]["topology"] == "v6e:4x8"
+    assert facts["smallest_fitting"]["fits"]
+    assert "smallest slice that fits" in capsys.readouterr().out
+    # A mesh of one's own, or a compiler that aborts, is no question of size.
+    monkeypatch.setattr(verb, "compile_request", lambda request, **_: Failure("abort", "gone"))
+    assert main(["plan", "tiny", *flags, "--compiled", "1", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["smallest_fitting"] is None
+
+
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
     ("topology", "step", "mesh"),

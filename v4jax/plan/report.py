@@ -30,6 +30,11 @@ class Plan:
         limit = self.request.topology.chip.hbm_limit
         return isinstance(self.compiled, Compiled) and self.compiled.peak_bytes <= limit
 
+    @property
+    def is_too_large(self) -> bool:
+        """Whether memory alone is why it does not fit."""
+        return self.compiled.kind == "memory" if isinstance(self.compiled, Failure) else not self.fits
+
 
 def make_plan(name: str, request: Request, compiled: Compiled | Failure, notes: tuple[str, ...] = ()) -> Plan:
     """A plan with its estimate."""
@@ -40,7 +45,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """The object of `--json`: bytes, seconds, and FLOPs of the whole program unless a key says per device.
 
     Bytes moved are of all devices together too. Where the compiler gave no program its figures are null, and `failure`
-    says why.
+    says why. `smallest_fitting`, null here, is for such an object of the next slice that is large enough.
     """
     request, guess, made = plan.request, plan.estimate, plan.compiled
     devices, chip = request.topology.devices, request.topology.chip
@@ -69,6 +74,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "notes": list(plan.notes),
         "failure": None,
+        "smallest_fitting": None,
     }
     if isinstance(made, Failure):
         missing = {"peak_bytes_per_device", "temp_bytes_per_device", "compiled_flops", "collective_bytes"}
@@ -121,6 +127,13 @@ def compiled_bound(plan: Plan) -> dict[str, float]:
 
 def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What a reader wants to know, as (name, value)."""
+    larger = facts["smallest_fitting"]
+    if larger is None:
+        return _rows(facts)
+    return [*_rows(facts), ("smallest slice that fits", larger["topology"]), *_rows(larger)[1:]]
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     limit = facts["hbm_limit_bytes"]
     mesh = format_mesh({axis: facts["mesh"].get(axis, 1) for axis in ("data", "fsdp", "expert", "sequence", "tensor")})
     lines = [

@@ -17,7 +17,7 @@ from v4jax.plan import report, sweep
 from v4jax.plan.compile import Compiled, Failure, compile_request
 from v4jax.plan.meshes import candidates
 from v4jax.plan.request import Request, Step
-from v4jax.plan.topology import parse_topology
+from v4jax.plan.topology import parse_topology, standard_topologies
 from v4jax.sharding import check_mesh, parse_mesh
 
 
@@ -67,6 +67,9 @@ def run(options: Options) -> None:
     else:
         plan = choose(options, request, console) if options.mesh == "auto" else _compile(options, request)
         facts = report.to_json(plan)
+        if options.mesh == "auto" and plan.is_too_large:
+            larger = smallest_fitting(options, request, console)
+            facts["smallest_fitting"] = None if larger is None else report.to_json(larger)
         console.print(report.table(facts))
         for note in plan.notes:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -140,6 +143,25 @@ def choose(options: Options, request: Request, console: Console) -> report.Plan:
     best = min(plans, key=lambda plan: (not plan.fits, _seconds(plan)))
     note = f"mesh chosen as the fastest by its compiled bounds among the first {len(plans)} of {len(ranked)} by formula"
     return dataclasses.replace(best, notes=(*best.notes, note))
+
+
+def smallest_fitting(options: Options, request: Request, console: Console) -> report.Plan | None:
+    """The step on the smallest larger slice of this chip on which it compiles and fits; None if none is found."""
+    usual = standard_topologies(request.topology.chip)
+    for topology in (one for one in usual if one.chips > request.topology.chips):
+        own = dataclasses.replace(request, topology=topology)
+        try:
+            best = candidates(own)[0]
+        except UserError:
+            continue  # nothing divides the model or the rows among so many
+        if not best.fits:
+            console.print(f"  {topology.name} is too small by formula, {best.explain()}", markup=False)
+            continue
+        plan = _compile(options, dataclasses.replace(own, mesh=best.mesh))
+        console.print(f"  compiled for {topology.name}, {best.explain()}: fits: {plan.fits}", markup=False)
+        if plan.fits:
+            return plan
+    return None
 
 
 def _seconds(plan: report.Plan) -> float:
