@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from v4jax.checkpoint.inventory import fp8_tile
-from v4jax.checkpoint.names import Section
-from v4jax.checkpoint.placed import load_placed
-from v4jax.checkpoint.reader import Checkpoint, ParameterDType, open_checkpoint
+from v4jax.checkpoint.placed import load_placed, read_section
+from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
 from v4jax.config import ModelConfig
 from v4jax.dtypes import DTypePolicy, NativeWeights
 from v4jax.errors import UserError
@@ -91,24 +88,13 @@ def native_weights(config: ModelConfig) -> NativeWeights:
     return NativeWeights(config.expert_storage, fp8_tile(config))
 
 
-def read_section(checkpoint: Checkpoint, policy: DTypePolicy, section: Section) -> dict[str, np.ndarray]:
-    """One section of a checkpoint in the form that a model of this policy takes."""
-    if policy.native is not None:
-        return checkpoint.native(section)
-    dtype: ParameterDType = "float32" if policy.param == jnp.float32 else "bfloat16"
-    return checkpoint.section(section, dtype)
-
-
 def build(
     checkpoint: Checkpoint, policy: DTypePolicy, *, stacked: bool, placement: Placement | None = None
 ) -> Transformer:
     """The model of an open checkpoint; layers are read one at a time, and go to their devices if there is a mesh."""
     config = checkpoint.config
     if placement is not None:
-        if policy.native is not None:
-            raise UserError("weights native: cannot be loaded onto several devices yet; use weights bf16, or no mesh")
-        dtype: ParameterDType = "float32" if policy.param == jnp.float32 else "bfloat16"
-        return load_placed(checkpoint, policy, dtype, placement, stacked=stacked)
+        return load_placed(checkpoint, policy, placement, stacked=stacked)
     return Transformer.from_tensors(
         config,
         policy,

@@ -22,7 +22,8 @@ from v4jax.model.layer import DecoderLayer, Residual
 from v4jax.model.moe import Routing
 from v4jax.model.mtp import next_tokens
 from v4jax.model.params import Declare, full_dot
-from v4jax.model.transformer import Transformer, fill
+from v4jax.model.tensors import fill
+from v4jax.model.transformer import Transformer
 
 _EXPERTS = "ffn.experts."
 _LEAST_ROWS = 16

@@ -13,7 +13,8 @@ from v4jax.dtypes import DTypePolicy, NativeWeights
 from v4jax.errors import UserError
 from v4jax.loading import build, choose_policy
 from v4jax.logits import all_logits
-from v4jax.model.transformer import Transformer, named_variables
+from v4jax.model.tensors import named_variables
+from v4jax.model.transformer import Transformer
 from v4jax.quant import Codes, PackedCodes, PackedScales, Scales
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from v4jax.config import ModelConfig, layer_plan, plan_segments
 from v4jax.dtypes import DTypePolicy
-from v4jax.model.transformer import Transformer, named_variables
+from v4jax.model.tensors import named_variables
+from v4jax.model.transformer import Transformer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 PRESETS = {"flash": ModelConfig.flash, "pro": ModelConfig.pro}

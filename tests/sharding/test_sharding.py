@@ -12,7 +12,8 @@ from sharding.tiny_steps import CONFIG, tiny_model
 from v4jax.config import ModelConfig
 from v4jax.dtypes import DTypePolicy
 from v4jax.errors import UsageError, UserError
-from v4jax.model.transformer import Transformer, named_variables
+from v4jax.model.tensors import named_variables
+from v4jax.model.transformer import Transformer
 from v4jax.sharding import (
     AXES,
     Placement,

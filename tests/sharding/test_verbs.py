@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from checkpoint.random_checkpoint import as_stored, quantised_config, write_hf_directory
 from tolerances import assert_logits_close
 from train.tiny_run import run_config, write_model
 
@@ -12,9 +13,10 @@ import v4jax
 from v4jax.checkpoint.placed import needed_experts
 from v4jax.checkpoint.reader import open_checkpoint
 from v4jax.cli import main
+from v4jax.config import AttentionKind, RouterKind
 from v4jax.distributed import Group, take_flags
-from v4jax.errors import UsageError
-from v4jax.model.transformer import named_variables
+from v4jax.errors import UsageError, UserError
+from v4jax.model.tensors import named_variables
 from v4jax.sharding import Placement, make_mesh, parse_mesh
 
 MESH = "expert=2,sequence=2,tensor=2"
@@ -109,3 +111,43 @@ def test_the_flags_of_a_group_are_taken_off_a_command() -> None:
     assert take_flags(["model"]) == (["model"], None)
     with pytest.raises(UsageError):
         take_flags(["--process"])
+
+
+# ---- released bytes on a mesh ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["fp4", "fp8"])
+def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every matrix that a mesh divides in two has two whole FP8 tiles."""
+    config = quantised_config(
+        expert_dtype=request.param, hidden_size=256, num_attention_heads=16, o_groups=2, o_lora_rank=128,
+        moe_intermediate_size=256, index_n_heads=16, n_routed_experts=4, num_hidden_layers=2, vocab_size=258,
+        layer_types=(AttentionKind.CSA, AttentionKind.HCA), mlp_layer_types=(RouterKind.HASH, RouterKind.TOPK),
+    )  # fmt: skip
+    files = as_stored(config, scale_dtype="F8_E8M0" if request.param == "fp4" else "F32")
+    return write_hf_directory(tmp_path_factory.mktemp(request.param), config, files)
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "per layer"])
+def test_native_weights_on_a_mesh_are_the_same_bytes_in_parts(quantised: Path, stacked: bool) -> None:
+    want = named_variables(v4jax.load(quantised, stacked=stacked, weights="native"))
+    got = named_variables(v4jax.load(quantised, stacked=stacked, weights="native", mesh="expert=2,tensor=2"))
+    assert got.keys() == want.keys()
+    for name, variable in got.items():
+        assert variable[...].dtype == want[name][...].dtype, name
+        parts, whole = (np.asarray(one[...]) for one in (variable, want[name]))
+        assert parts.tobytes() == whole.tobytes(), name
+        if name.endswith(("experts.w1.weight", "experts.w1.scale")) and "shared" not in name:
+            assert variable[...].addressable_shards[0].data.nbytes * 4 == whole.nbytes
+
+
+def test_logits_of_native_weights_on_a_mesh_are_those_of_one_device(quantised: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 258, (2, 24))
+    want = np.asarray(v4jax.load(quantised)(tokens))
+    for mesh in ("expert=2,tensor=2", "data=2,expert=4"):
+        assert_logits_close(np.asarray(v4jax.load(quantised, weights="native", mesh=mesh)(tokens)), want)
+
+
+def test_a_mesh_that_cuts_a_scale_is_refused(tmp_path: Path) -> None:
+    config = quantised_config(num_attention_heads=8, o_groups=2, index_n_heads=16)
+    write_hf_directory(tmp_path, config, as_stored(config, scale_dtype="F8_E8M0"))
+    with pytest.raises(UserError, match=r"tensor=2 cuts .*attn\.w.*scale for every 128.*bf16"):
+        v4jax.load(tmp_path, weights="native", mesh="tensor=2")

@@ -16,37 +16,46 @@ from jax.sharding import NamedSharding
 from v4jax.checkpoint.names import Section
 from v4jax.checkpoint.reader import Checkpoint, ParameterDType
 from v4jax.dtypes import DTypePolicy
-from v4jax.model.transformer import Transformer, check_tensors, named_variables
+from v4jax.model.tensors import check_tensors, declared_dtype, in_file_order, named_variables
+from v4jax.model.transformer import Transformer
 from v4jax.sharding import Placement, division_of
 
 Index = tuple[slice, ...]
 
 
-def load_placed(
-    checkpoint: Checkpoint, policy: DTypePolicy, dtype: ParameterDType, placement: Placement, *, stacked: bool
-) -> Transformer:
+def read_section(
+    checkpoint: Checkpoint, policy: DTypePolicy, section: Section, experts: range | None = None
+) -> dict[str, np.ndarray]:
+    """One section, or some of its experts, in the form that a model of this policy takes."""
+    if policy.native is not None:
+        return checkpoint.native(section, experts=experts)
+    dtype: ParameterDType = "float32" if policy.param == jnp.float32 else "bfloat16"
+    return checkpoint.section(section, dtype, experts=experts)
+
+
+def load_placed(checkpoint: Checkpoint, policy: DTypePolicy, placement: Placement, *, stacked: bool) -> Transformer:
     """The model of an open checkpoint, on a mesh.
 
     Raises:
       CheckpointError: as `Checkpoint.section`. UserError: the mesh does not divide the model.
     """
     model = Transformer(checkpoint.config, policy, stacked=stacked).place(placement.mesh, placement.recipe)
-    _fill(model, checkpoint, "top", dtype, placement, skip=("segments", "mtp"))
+    _fill(model, checkpoint, "top", policy, placement, skip=("segments", "mtp"))
     number = 0
     for segment in model.segments:
         buffers: list[dict[str, jax.Array]] = [{} for _ in segment.layers]
         for repeat in range(segment.spec.repeats):
             for layer, buffer in zip(segment.layers, buffers, strict=True):
                 if segment.stacked:
-                    _put_layer(buffer, layer, checkpoint, ("layers", number), dtype, placement, repeat)
+                    _put_layer(buffer, layer, checkpoint, ("layers", number), policy, placement, repeat)
                 else:
-                    _fill(layer, checkpoint, ("layers", number), dtype, placement)
+                    _fill(layer, checkpoint, ("layers", number), policy, placement)
                 number += 1
         for layer, buffer in zip(segment.layers, buffers, strict=True):
             for name, value in buffer.items():
                 named_variables(layer)[name].set_value(value)
     for depth, block in enumerate(model.mtp):
-        _fill(block, checkpoint, ("mtp", depth), dtype, placement)
+        _fill(block, checkpoint, ("mtp", depth), policy, placement)
     return model
 
 
@@ -67,22 +76,22 @@ def _sharding(variable: nnx.Variable, placement: Placement, ndim: int) -> NamedS
 
 
 def _read(
-    module: nnx.Module, checkpoint: Checkpoint, section: Section, dtype: ParameterDType, placement: Placement,
+    module: nnx.Module, checkpoint: Checkpoint, section: Section, policy: DTypePolicy, placement: Placement,
     skip: tuple[str, ...],
 ) -> dict[str, tuple[nnx.Variable, jax.Array]]:  # fmt: skip
     """One section on the devices, each array without a repeats axis."""
     variables = named_variables(module, skip)
     experts = needed_experts(variables, placement)
-    tensors = checkpoint.section(section, dtype, experts=experts)
+    tensors = read_section(checkpoint, policy, section, experts)
     check_tensors(variables, tensors)
     placed = {}
     for name, variable in variables.items():
         axes, want = variable.get_metadata()["axes"], variable.get_value()
-        tensor, shape = tensors[name], want.shape[len(want.shape) - len(axes) :]
+        tensor, shape = in_file_order(variable, tensors[name]), want.shape[len(want.shape) - len(axes) :]
         first = experts.start if experts is not None and axes[0] == "experts" else 0
         if tensor.shape[1:] != shape[1:] or (not first and axes[0] != "experts" and tensor.shape != shape):
             raise ValueError(f"tensor {name}: got shape {tensor.shape}, need {shape}")
-        host = tensor.astype(want.dtype, copy=False)
+        host = tensor.astype(declared_dtype(variable, tensor.dtype), copy=False)
         placed[name] = variable, _on_devices(host, shape, first, _sharding(variable, placement, len(axes)))
     return placed
 
@@ -100,23 +109,23 @@ def _on_devices(host: np.ndarray, shape: tuple[int, ...], first: int, sharding: 
 
 
 def _fill(
-    module: nnx.Module, checkpoint: Checkpoint, section: Section, dtype: ParameterDType, placement: Placement,
+    module: nnx.Module, checkpoint: Checkpoint, section: Section, policy: DTypePolicy, placement: Placement,
     skip: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
-    for variable, value in _read(module, checkpoint, section, dtype, placement, skip).values():
+    for variable, value in _read(module, checkpoint, section, policy, placement, skip).values():
         variable.set_value(value)
 
 
 def _put_layer(
     buffer: dict[str, jax.Array], module: nnx.Module, checkpoint: Checkpoint, section: Section,
-    dtype: ParameterDType, placement: Placement, repeat: int,
+    policy: DTypePolicy, placement: Placement, repeat: int,
 ) -> None:  # fmt: skip
     """Writes one layer into its place of the stacked arrays, which are made at the first."""
-    for name, (variable, value) in _read(module, checkpoint, section, dtype, placement, ()).items():
+    for name, (variable, value) in _read(module, checkpoint, section, policy, placement, ()).items():
         if name not in buffer:
             want: Any = variable.get_value()
             sharding = _sharding(variable, placement, len(want.shape))
-            buffer[name] = jax.jit(functools.partial(jnp.zeros, want.shape, want.dtype), out_shardings=sharding)()
+            buffer[name] = jax.jit(functools.partial(jnp.empty, want.shape, value.dtype), out_shardings=sharding)()
         buffer[name] = _put(buffer[name], value, repeat)
 
 

@@ -139,8 +139,12 @@ class Checkpoint:
         w1, w2, w3 = (matrices[f"ffn.experts.w{n}.weight"].astype(target, copy=False) for n in (1, 2, 3))
         return w1, w2, w3
 
-    def native(self, section: Section) -> dict[str, np.ndarray]:
+    def native(self, section: Section, *, experts: range | None = None) -> dict[str, np.ndarray]:
         """One section with the bytes of the files: FP4 codes as int8, scales under `attn.wq_a.scale` and the like.
+
+        Args:
+            section: which.
+            experts: those to read, all if None; the stacks then hold these alone.
 
         Raises:
             CheckpointError: as `section`; or a fused FP8 tensor cannot be split because a scale spans both halves.
@@ -148,7 +152,7 @@ class Checkpoint:
         self._check_section(section)
         tensors: dict[str, np.ndarray] = {}
         for parameter in section_parameters(self.config, section):
-            tensors |= self._native_parameter(section, parameter)
+            tensors |= self._native_parameter(section, parameter, experts)
         return tensors
 
     # ---- one parameter -------------------------------------------------------------------------------------------
@@ -181,13 +185,16 @@ class Checkpoint:
         check_finite(stored.name, values)
         return values
 
-    def _native_parameter(self, section: Section, parameter: ParameterSpec) -> dict[str, np.ndarray]:
+    def _native_parameter(
+        self, section: Section, parameter: ParameterSpec, chosen: range | None
+    ) -> dict[str, np.ndarray]:
         stored = list(stored_tensors(section, parameter, self.spelling))
         if parameter.storage is not Storage.EXPERT:
             tensors = self._native_values(parameter.key, stored[0])
             if parameter.storage is Storage.TABLE:
                 self.check_table(stored[0].name, tensors[parameter.key])
             return tensors
+        stored = stored if chosen is None else stored[chosen.start : chosen.stop]
         stacks: dict[str, np.ndarray] = {}
         for expert, one in enumerate(stored):
             for key, values in self._native_values(parameter.key, one).items():

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from v4jax import ops, parallel
+from v4jax import parallel
 from v4jax.cache import Cache, MTPCache, init_cache
 from v4jax.compilation import jit
 from v4jax.config import ModelConfig, SegmentSpec, mtp_plan
@@ -22,7 +22,8 @@ from v4jax.model.layer import HeadMixer, Residual
 from v4jax.model.mtp import MTPBlock, next_tokens
 from v4jax.model.params import Declare, Embedding, RMSNorm, full_dot
 from v4jax.model.stack import Segment, declare_segments
-from v4jax.quant import PackedCodes, PackedScales, Scales, check_simulation
+from v4jax.model.tensors import fill, flatten, named_variables
+from v4jax.quant import check_simulation, check_whole_blocks
 from v4jax.sharding import Placement, Recipe, check_mesh
 
 
@@ -91,6 +92,8 @@ class Transformer(HeadMixer):
         check_mesh(self.config, placement.sizes)
         clone = nnx.merge(*nnx.split(self))
         clone.placement = placement
+        if self.policy.native is not None:
+            check_whole_blocks(clone, self.policy.native.tile, placement)
         parallel.annotate(clone, placement)
         is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(clone))
         return clone if is_abstract else parallel.put(clone, placement)
@@ -364,45 +367,3 @@ def _stack_into(buffer: dict[str, np.ndarray], tensors: Mapping[str, Any], index
         if name not in buffer:
             buffer[name] = np.empty((count, *array.shape), array.dtype)
         buffer[name][index] = array
-
-
-def named_variables(module: nnx.Module, skip: tuple[str, ...] = ()) -> dict[str, nnx.Variable]:
-    """A module's variables themselves, by dotted path: inside a layer the official tensor name."""
-    return {
-        ".".join(map(str, path)): node
-        for path, node in nnx.iter_graph(module)
-        if isinstance(node, nnx.Variable) and path[0] not in skip
-    }
-
-
-def flatten(module: nnx.Module, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """NumPy copies of a module's variables by name."""
-    return {
-        name: _in_file_order(variable, parallel.on_host(variable[...]))
-        for name, variable in named_variables(module, skip).items()
-    }
-
-
-def _in_file_order(variable: nnx.Variable, array: Any) -> Any:
-    """From a variable's order of axes to a file's, or back: packed FP4 experts have their last two swapped."""
-    return ops.k_major(array) if isinstance(variable, PackedCodes | PackedScales) else array
-
-
-def check_tensors(variables: Mapping[str, nnx.Variable], tensors: Mapping[str, Any]) -> None:
-    """Refuses tensors that are not exactly those of the variables, by name."""
-    missing, unknown = sorted(variables.keys() - tensors.keys()), sorted(tensors.keys() - variables.keys())
-    if missing or unknown:
-        raise ValueError(f"tensors: missing {missing or 'none'}, unknown {unknown or 'none'}")
-
-
-def fill(module: nnx.Module, tensors: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
-    """Gives an abstract module its arrays, checked by name and shape and cast to the declared dtypes."""
-    variables = named_variables(module, skip)
-    check_tensors(variables, tensors)
-    for name, variable in variables.items():
-        want, given = variable.get_value(), _in_file_order(variable, tensors[name])
-        if given.shape != want.shape:
-            raise ValueError(f"tensor {name}: got shape {given.shape}, need {want.shape}")
-        # A checkpoint's scales may be of any float type, and rounding one would change every value that it scales.
-        dtype = given.dtype if isinstance(variable, Scales) else want.dtype
-        variable.set_value(jnp.asarray(given, dtype=dtype))

@@ -20,7 +20,8 @@ from v4jax.checkpoint.names import Storage, section_parameters, sections
 from v4jax.config import ModelConfig, layer_plan
 from v4jax.dtypes import DTypePolicy
 from v4jax.model.params import Role
-from v4jax.model.transformer import Transformer, named_variables
+from v4jax.model.tensors import named_variables
+from v4jax.model.transformer import Transformer
 from v4jax.plan.request import Request
 from v4jax.plan.topology import Chip
 from v4jax.sharding import AXES, Placement, cache_specs, divide, entry_multiple
