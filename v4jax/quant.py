@@ -15,8 +15,6 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.formats import FP4_BLOCK, fp4_round_trip, fp8_round_trip
 from v4jax.config import ConfigError, ModelConfig
-from v4jax.errors import UserError
-from v4jax.sharding import Placement, division_of
 
 
 class Codes(nnx.Variable):
@@ -33,30 +31,6 @@ class PackedCodes(Codes):
 
 class PackedScales(Scales):
     """Their scales, [in / 32, out]."""
-
-
-def check_whole_blocks(module: nnx.Module, tile: tuple[int, int], placement: Placement) -> None:
-    """Refuses a mesh that would cut quantised matrices where a scale has values on both sides.
-
-    Args:
-        module: of whole arrays or `ShapeDtypeStruct`s.
-        tile: rows and columns per scale of FP8 codes.
-
-    Raises:
-        UserError: naming the matrix, both numbers and what would do.
-    """
-    for path, node in nnx.iter_graph(module):
-        if not isinstance(node, Codes):
-            continue
-        block = (FP4_BLOCK // 2, 1) if isinstance(node, PackedCodes) else tile
-        sizes, divided = node.get_value().shape[-2:], division_of(node, placement).compute[-2:]
-        for size, length, axes in zip(sizes, block, divided, strict=True):
-            parts = placement.size(axes)
-            if parts > 1 and (size // parts) % length:
-                raise UserError(
-                    f"mesh: {'·'.join(axes)}={parts} cuts {'.'.join(map(str, path))} of {size} into {size // parts}, "
-                    f"native weights have a scale for every {length}; choose other axes, or weights bf16"
-                )
 
 
 KV_BLOCK = 64

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels_pallas.formats import FP4_BLOCK
 from v4jax import ops, parallel
-from v4jax.quant import PackedCodes, PackedScales, Scales
+from v4jax.errors import UserError
+from v4jax.quant import Codes, PackedCodes, PackedScales, Scales
+from v4jax.sharding import Placement, division_of
 
 
 def named_variables(module: nnx.Module, skip: tuple[str, ...] = ()) -> dict[str, nnx.Variable]:
@@ -57,3 +60,27 @@ def declared_dtype(variable: nnx.Variable, given: Any) -> Any:
     Scales keep any float type: rounding one would change every value that it scales.
     """
     return given if isinstance(variable, Scales) else variable.get_value().dtype
+
+
+def check_whole_blocks(module: nnx.Module, tile: tuple[int, int], placement: Placement) -> None:
+    """Refuses a mesh that would cut quantised matrices where a scale has values on both sides.
+
+    Args:
+        module: of whole arrays or `ShapeDtypeStruct`s.
+        tile: rows and columns per scale of FP8 codes.
+
+    Raises:
+        UserError: naming the matrix, both numbers and what would do.
+    """
+    for path, node in nnx.iter_graph(module):
+        if not isinstance(node, Codes):
+            continue
+        block = (FP4_BLOCK // 2, 1) if isinstance(node, PackedCodes) else tile
+        sizes, divided = node.get_value().shape[-2:], division_of(node, placement).compute[-2:]
+        for size, length, axes in zip(sizes, block, divided, strict=True):
+            parts = placement.size(axes)
+            if parts > 1 and (size // parts) % length:
+                raise UserError(
+                    f"mesh: {'·'.join(axes)}={parts} cuts {'.'.join(map(str, path))} of {size} into {size // parts}, "
+                    f"native weights have a scale for every {length}; choose other axes, or weights bf16"
+                )

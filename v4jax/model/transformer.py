@@ -22,8 +22,8 @@ from v4jax.model.layer import HeadMixer, Residual
 from v4jax.model.mtp import MTPBlock, next_tokens
 from v4jax.model.params import Declare, Embedding, RMSNorm, full_dot
 from v4jax.model.stack import Segment, declare_segments
-from v4jax.model.tensors import fill, flatten, named_variables
-from v4jax.quant import check_simulation, check_whole_blocks
+from v4jax.model.tensors import check_whole_blocks, fill, flatten, named_variables
+from v4jax.quant import check_simulation
 from v4jax.sharding import Placement, Recipe, check_mesh
 
 
