@@ -47,8 +47,7 @@ class LayerCache:
     """[B, P, index H]: the indexer's entries."""
     index_state: CompressorState | None = None
     layer: Leaf = None
-    """int32 scalar in a view of one layer of a stack (`layer_view`), whose other arrays but the states are still the
-    stack's."""
+    """int32 scalar in a view of one layer of a stack (`layer_view`), whose arrays are still the stack's."""
 
 
 @jax.tree_util.register_dataclass
@@ -189,27 +188,14 @@ def put_rows(
 
 
 # ---- one layer of a stack --------------------------------------------------------------------------------------------
-_SLICED = ("state", "index_state")
-"""Not the window, the entries and the index keys: decoding reads those in their stack, and writes a row per token."""
-
-
 def layer_view(stacked: LayerCache, index: Int[Array, ""]) -> LayerCache:
-    """One layer of a stack of caches; all but the states stay whole, with the layer's index beside them."""
+    """One layer of a stack of caches, for one step of decoding: the whole stack, with the layer's index beside it.
 
-    def of_layer(a: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
-
-    sliced = {name: jax.tree.map(of_layer, getattr(stacked, name)) for name in _SLICED}
-    return dataclasses.replace(stacked, **sliced, layer=index)
+    A step writes one row per sequence into each array and reads what it needs out of it: no layer is ever copied.
+    """
+    return dataclasses.replace(stacked, layer=index)
 
 
-def put_layer(stacked: LayerCache, view: LayerCache) -> LayerCache:
-    """The stack after `view` of it has changed."""
-    index = view.layer
-    assert index is not None
-
-    def put(whole: jax.Array, one: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(whole, one, index, 0)
-
-    put_back = {name: jax.tree.map(put, getattr(stacked, name), getattr(view, name)) for name in _SLICED}
-    return dataclasses.replace(view, **put_back, layer=None)
+def put_layer(view: LayerCache) -> LayerCache:
+    """The stack after a `layer_view` of it has changed."""
+    return dataclasses.replace(view, layer=None)

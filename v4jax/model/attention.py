@@ -215,8 +215,10 @@ class Attention(nnx.Module):
         ) -> tuple[jax.Array, CompressorState]:
             assert values is not None
             assert state is not None
-            form = compressor.step if inputs.is_step else compressor.extend
-            new, state = form(x, inputs, state)
+            if inputs.is_step:
+                new, state = compressor.step(x, inputs, state, cache.layer)
+            else:
+                new, state = compressor.extend(x, inputs, state)
             return put_entries(values, new.values, new.place, new.valid, cache.layer), state
 
         entries, state = advance(self.compressor, cache.entries, cache.state)

@@ -137,13 +137,18 @@ class Compressor(nnx.Module):
         return NewEntries(self._finish(pooled, starts), index, valid), after
 
     def step(
-        self, x: Float[Array, "B 1 D"], inputs: LayerInputs, state: CompressorState
+        self, x: Float[Array, "B 1 D"], inputs: LayerInputs, state: CompressorState, layer: Int[Array, ""] | None
     ) -> tuple[NewEntries, CompressorState]:
-        """`extend` by one token for every sequence: one row of the state is written, all of it is read."""
+        """`extend` by one token for every sequence: one row of the state is written, and read where a window ends.
+
+        With `layer` the state is that of a stack of layers, of which this is one.
+        """
         assert inputs.start is not None
         kv, gate = self.project(x, inputs.positions)
         position = inputs.start
-        state = CompressorState(ring_put(state.kv, kv[:, 0], position), ring_put(state.gate, gate[:, 0], position))
+        state = CompressorState(
+            ring_put(state.kv, kv[:, 0], position, layer), ring_put(state.gate, gate[:, 0], position, layer)
+        )
         index = position // self.ratio
         starts = (index * self.ratio)[:, None]
         valid = jnp.mod(position + 1, self.ratio) == 0
@@ -151,8 +156,9 @@ class Compressor(nnx.Module):
         def pool() -> jax.Array:
             # Slots of the ring are in order up to the window's parity: rows by place, current window last.
             def windows(first: jax.Array) -> tuple[jax.Array, ...]:
-                slot = jnp.mod(first[..., None] + jnp.arange(self.ratio), self.overlap * self.ratio)[:, 0, :, None]
-                return tuple(jnp.take_along_axis(a, slot, axis=1)[:, None] for a in (state.kv, state.gate))
+                slot = jnp.mod(first + jnp.arange(self.ratio), self.overlap * self.ratio)
+                place = (*(() if layer is None else (layer,)), jnp.arange(len(slot))[:, None], slot)
+                return tuple(a.at[place].get(mode="clip")[:, None] for a in (state.kv, state.gate))
 
             before = windows(starts - self.ratio) if self.overlap == 2 else None
             return self._finish(self._pool(windows(starts), before, starts > 0), starts)

@@ -95,7 +95,7 @@ class Segment(nnx.Module):
                 views = tuple(layer_view(cache, index) for cache in caches)
                 residual, views, metrics = run(layers_of(sliced), residual, inputs_at(index), views, None)
                 assert views is not None
-                return (residual, tuple(map(put_layer, caches, views))), metrics
+                return (residual, tuple(map(put_layer, views))), metrics
             one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), caches)
             residual, one, metrics = run(layers_of(sliced), residual, inputs_at(index), one, None)
             caches = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), caches, one)
