@@ -173,7 +173,8 @@ def _decode_by_table(table: Any, codes: Any, scale: Any, group: int, dtype: Any)
     values = tables.gather(table(np.dtype(np.float32)), np.full(scale.shape, 127, np.uint8), codes, group)
     width = values.shape[-1]
     spread = np.repeat(scale.astype(np.float32), group * (width // codes.shape[-1]), axis=-1)[..., :width]
-    return np.multiply(values, spread, out=values).astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # to infinity, which readers refuse
+        return np.multiply(values, spread, out=values).astype(dtype, copy=False)
 
 
 def _as_e8m0(scale: np.ndarray) -> np.ndarray | None:

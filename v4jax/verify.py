@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from v4jax.checkpoint.compare import differing_tensors, harmed_files
+from v4jax.checkpoint.assets import differing_assets
+from v4jax.checkpoint.compare import compare_tensors, differing_settings, harmed_files
 from v4jax.checkpoint.location import locate
 from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
 from v4jax.checkpoint.tensor_file import CheckpointError, summarise
@@ -86,22 +87,34 @@ def verify_and_print(
     harmed = harmed_files(locate(path))
     output, original = open_checkpoint(path), open_checkpoint(source)
     if original.config.num_mtp_layers > output.config.num_mtp_layers:
+        write(f"note: {path} has no MTP block, {source} has: it is not compared")
         original = dataclasses.replace(original, config=original.config.without_mtp())
-    count, lines = differing_tensors(output, original)
+    count, lines, is_rounded = compare_tensors(output, original)
     if lines:
         raise CheckpointError(
             f"{path}: {len(lines)} of {count:,} tensors are not what they should be; one of the two directories was "
             "damaged, repair or convert again:\n" + summarise(lines)
+        )
+    lines = differing_settings(output.config, original.config)
+    if lines:
+        raise CheckpointError(
+            f"{path}/config.json: says something else than the source's; correct it or convert again:\n"
+            + summarise(lines)
+        )
+    lines = differing_assets(output.directory, original.directory)
+    if lines:
+        raise CheckpointError(
+            f"{path}: {len(lines)} files beside the weights are not the source's; copy them or convert again:\n"
+            + summarise(lines)
         )
     if harmed:
         raise CheckpointError(
             f"{path}: {', '.join(harmed)} no longer has its checksum although every tensor has its source's values: "
             "source and output were both changed, or the file's header; convert again"
         )
-    write(f"verified: {count:,} tensors have the values of {source}")
+    write(f"verified: {count:,} tensors have the values of {source}{', rounded' if is_rounded else ''}")
     if tokens is None:
         tokens = _tokens(output, None)
-    is_rounded = output.config.quantization_config is not None and original.config.quantization_config is None
     write(_compare_forward(output, original, tokens, is_exact=not is_rounded))
 
 
@@ -119,7 +132,7 @@ def _compare_forward(output: Checkpoint, original: Checkpoint, tokens: np.ndarra
     if is_exact and not difference <= _TOLERANCE:
         raise CheckpointError(
             f"{output.path}: its logits differ from the source's by {difference:.2g} standard deviations, need "
-            f"{_TOLERANCE:.0e}; config.json says something else than the source's"
+            f"{_TOLERANCE:.0e} since all tensors are the same; this is a defect of v4jax: report it"
         )
     return (
         f"verified: {tokens.size} tokens through {number + 1} layers, one at a time: logits differ by at most "

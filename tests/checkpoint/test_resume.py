@@ -114,6 +114,41 @@ def test_a_source_that_changed_is_not_mixed_with_what_was_finished(tmp_path: Pat
         convert(tmp_path / "a", tmp_path / "b", resume=True)
 
 
+@pytest.mark.parametrize("to", ["v4jax", "hf"])
+def test_resume_makes_good_what_lies_beside_the_weights(tmp_path: Path, source: Path, to: Any):
+    convert(source, tmp_path / "b", to=to)
+    before = contents(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text("{}")
+    (tmp_path / "b" / "tokenizer_config.json").unlink()
+    convert(source, tmp_path / "b", to=to, resume=True)
+    assert contents(tmp_path / "b") == before
+    again = convert(source, tmp_path / "b", to=to, resume=True)
+    assert "was complete: nothing was written" in again.notes[-1]
+
+
+@pytest.mark.parametrize("to", ["v4jax", "hf"])
+def test_resume_removes_nothing_of_the_users(tmp_path: Path, source: Path, to: Any):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.partial").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        convert(source, tmp_path / "b", to=to, resume=True)
+    assert contents(tmp_path / "b") == {"thesis.partial": b"mine"}
+    record = MANIFEST if to == "v4jax" else UNFINISHED
+    (tmp_path / "b" / "thesis.partial").rename(tmp_path / "b" / f"{record}.partial")  # killed writing the first record
+    convert(source, tmp_path / "b", to=to, resume=True)
+    open_checkpoint(tmp_path / "b")
+
+
+@pytest.mark.parametrize("files", [None, [], {"top.safetensors": 3}])
+@pytest.mark.parametrize("option", ["resume", "keep_finished"])
+def test_a_damaged_record_is_refused(tmp_path: Path, source: Path, files: Any, option: str):
+    convert(source, tmp_path / "b")
+    place = tmp_path / "b" / MANIFEST
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"files": files}))
+    with pytest.raises(CheckpointError, match="is no record of a conversion"):
+        convert(source, tmp_path / "b", **{option: True})
+
+
 # ---- disk space -----------------------------------------------------------------------------------------------------
 def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path: Path, source: Path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoint import as_stored, plain_config, quantised_config, random_model, write_hf_directory
 
-from v4jax.checkpoint.compare import differing_tensors
+from v4jax.checkpoint.compare import compare_tensors
 from v4jax.checkpoint.convert import convert
 from v4jax.checkpoint.names import Spelling, Storage, section_parameters, sections
 from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
@@ -179,7 +179,7 @@ def test_a_fine_tuned_model_goes_back_with_the_bytes_of_all_that_did_not_change(
     assert open_checkpoint(tmp_path / "b").config.to_hf() == original.config.to_hf()
     layer = open_checkpoint(tmp_path / "b").layer(3)["ffn.experts.w2.weight"]
     np.testing.assert_allclose(layer, model["layers", 3]["ffn.experts.w2.weight"], rtol=0.25, atol=0.5)
-    assert differing_tensors(open_checkpoint(tmp_path / "b"), open_checkpoint(tmp_path / "tuned"))[1] == []
+    assert compare_tensors(open_checkpoint(tmp_path / "b"), open_checkpoint(tmp_path / "tuned")).lines == []
     untouched = convert(tmp_path / "a", tmp_path / "bf16", weights="bf16")
     assert untouched.tensors
     convert(tmp_path / "bf16", tmp_path / "back", weights=weights, to="hf", base=tmp_path / "a")
@@ -240,7 +240,7 @@ def test_dspark_tensors_are_carried_and_restored(tmp_path: Path, weights: Any):
     for name in before:
         if name.startswith("mtp.") or weights == "native":
             assert after[name] == before[name], name
-    assert differing_tensors(open_checkpoint(tmp_path / "c"), open_checkpoint(tmp_path / "a"))[1] == []
+    assert compare_tensors(open_checkpoint(tmp_path / "c"), open_checkpoint(tmp_path / "a")).lines == []
 
 
 def test_a_fine_tuned_dspark_model_gets_its_head_back_from_the_base(tmp_path: Path):
@@ -275,12 +275,12 @@ def test_a_flipped_bit_anywhere_is_found_and_named(tmp_path: Path, side: str, we
         content[place] ^= 1 << int(random.integers(8))
         whole = info.file.read_bytes()
         info.file.write_bytes(content)
-        lines = differing_tensors(open_checkpoint(tmp_path / "b"), open_checkpoint(tmp_path / "a"))[1]
+        lines = compare_tensors(open_checkpoint(tmp_path / "b"), open_checkpoint(tmp_path / "a")).lines
         stem = info.name.removesuffix(".scale").removesuffix(".weight")
         assert lines, info.name
         assert any(stem.split("experts.")[-1].split(".")[-1] in line for line in lines), (info.name, lines)
         info.file.write_bytes(whole)
-    assert differing_tensors(open_checkpoint(tmp_path / "b"), open_checkpoint(tmp_path / "a"))[1] == []
+    assert compare_tensors(open_checkpoint(tmp_path / "b"), open_checkpoint(tmp_path / "a")).lines == []
 
 
 def test_random_model_is_what_the_spelling_says(tmp_path: Path):

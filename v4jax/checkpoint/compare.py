@@ -1,8 +1,9 @@
 """Compares a converted checkpoint with its source, tensor by tensor, a few rows of a few matrices at a time."""
 
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from v4jax.checkpoint.names import section_parameters, section_prefix, sections,
 from v4jax.checkpoint.reader import MANIFEST, Checkpoint, read_manifest
 from v4jax.checkpoint.tensor_file import DTYPES, CheckpointError
 from v4jax.checkpoint.transfer import checksum
+from v4jax.config import ModelConfig
 
 _THREADS = 4
+_FLOATS = ("F32", "BF16", "F16")
 
 
 class _Pair(NamedTuple):
@@ -35,13 +38,27 @@ def harmed_files(path: Location) -> list[str]:
     ]
 
 
-def differing_tensors(output: Checkpoint, source: Checkpoint) -> tuple[int, list[str]]:
+class Comparison(NamedTuple):
+    """What comparing two checkpoints found."""
+
+    tensors: int
+    """Tensors compared."""
+    lines: list[str]
+    """One for each tensor that differs."""
+    is_rounded: bool
+    """Whether the output's values are those of the source only up to the rounding to their format."""
+
+
+class _Finding(NamedTuple):
+    lines: list[str]
+    is_rounded: bool
+
+
+def compare_tensors(output: Checkpoint, source: Checkpoint) -> Comparison:
     """Compares every tensor with its source: stored bytes where formats agree, else dequantised values, bit for bit.
 
-    A tensor that had to be rounded must have the values that rounding its source gives, or its source's own.
-
-    Returns:
-        How many tensors were compared, and a line for each that differs.
+    A tensor that had to be rounded must have the values that rounding its source gives, or values that its source was
+    rounded from.
 
     Raises:
         CheckpointError: one has layers or parameters that the other has not.
@@ -49,11 +66,12 @@ def differing_tensors(output: Checkpoint, source: Checkpoint) -> tuple[int, list
     _check_same_model(output, source)
     with RangeReader() as reader, ThreadPoolExecutor(_THREADS) as pool:
         pairs = list(_pairs(output, source, reader))
+        findings = list(pool.map(_compare, pairs))
+        lines = [line for finding in findings for line in finding.lines]
         carried = [name for name in source.ignored if name in output.inventory]
-        lines = [line for line in pool.map(_differences, pairs) if line]
         lines += [line for name in carried if (line := _raw_difference(output, source, name, reader))]
         lines += [f"{name}: is not in the output" for name in source.ignored if name not in output.inventory]
-    return len(pairs) + len(carried), lines
+    return Comparison(len(pairs) + len(carried), lines, any(finding.is_rounded for finding in findings))
 
 
 def _check_same_model(output: Checkpoint, source: Checkpoint) -> None:
@@ -73,6 +91,24 @@ def _check_same_model(output: Checkpoint, source: Checkpoint) -> None:
         )
 
 
+def differing_settings(output: ModelConfig, source: ModelConfig) -> list[str]:
+    """What two configs say differently about the model, a line each; how weights are stored may differ."""
+    free = {"expert_dtype", "extra"}
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
+    lines = [
+        f"{name}: got {getattr(output, name)!r}, the source has {getattr(source, name)!r}"
+        for name in names
+        if getattr(output, name) != getattr(source, name)
+    ]
+    mine, theirs = output.extra_fields, source.extra_fields
+    heads = sorted(key for key in mine.keys() | theirs.keys() if key.startswith("dspark"))
+    return lines + [
+        f"{key}: got {mine.get(key)!r}, the source has {theirs.get(key)!r}"
+        for key in heads
+        if mine.get(key) != theirs.get(key)
+    ]
+
+
 def _pairs(output: Checkpoint, source: Checkpoint, reader: RangeReader) -> Iterator[_Pair]:
     for section in sections(source.config):
         for parameter in section_parameters(source.config, section):
@@ -84,20 +120,37 @@ def _pairs(output: Checkpoint, source: Checkpoint, reader: RangeReader) -> Itera
                 yield _Pair(find_matrix(source, one, reader), find_matrix(output, other, reader))
 
 
-def _differences(pair: _Pair) -> str | None:
+def _compare(pair: _Pair) -> _Finding:
     source, output = pair
+    is_rounded = False
     try:
         for start, stop in ranges(_Widest(source, output), DEFAULT_RANGE_BYTES):
-            wrong = _wrong(source, output, start, stop)
-            if wrong.any():
-                row, column = (int(index[0]) for index in np.nonzero(wrong))
-                return (
-                    f"{output.name}{_place(output)}: differs from {source.name} of the source in {int(wrong.sum())} "
-                    f"values, the first in row {start + row}, column {column}"
-                )
+            if _is_same_format(source, output):
+                lines = _stored_differences(source, output, start, stop)
+            else:
+                wrong, rounded = _wrong_values(source, output, start, stop)
+                is_rounded |= rounded
+                lines = _line(_called(output), _called(source), wrong, start)
+            if lines:
+                return _Finding(lines, is_rounded)
     except CheckpointError as error:
-        return str(error)
-    return None
+        return _Finding([str(error)], is_rounded)
+    return _Finding([], is_rounded)
+
+
+def _line(output: str, source: str, wrong: np.ndarray, first_row: int) -> list[str]:
+    if not wrong.any():
+        return []
+    row, column = (int(index[0]) for index in np.nonzero(wrong))
+    return [
+        f"{output}: differs from {source} of the source in {int(wrong.sum())} values, the first in row "
+        f"{first_row + row}, column {column}"
+    ]
+
+
+def _called(matrix: Matrix) -> str:
+    scale = f" with {matrix.scale.name}" if matrix.scale else ""
+    return f"{matrix.name}{_place(matrix)}{scale}"
 
 
 def _place(matrix: Matrix) -> str:
@@ -113,24 +166,42 @@ class _Widest(Values):
         self.row_memory = 64 * source.columns
 
 
-def _wrong(source: Matrix, output: Matrix, start: int, stop: int) -> np.ndarray:
-    """bool, one per value: where the output is not what it should be."""
-    is_same_format = (source.dtype, source.scale_dtype, source.tile) == (output.dtype, output.scale_dtype, output.tile)
-    if is_same_format and not source.skipped_rows and not output.skipped_rows:
-        wrong = _bits(source.codes(start, stop)) != _bits(output.codes(start, stop))
-        if source.scale is not None:
-            mine, theirs = (Stored(matrix).scale(start, stop) for matrix in (source, output))
-            differs = (_bits(mine) != _bits(theirs)).any(axis=-1).repeat(source.tile[0])[: stop - start]
-            wrong = wrong | differs[:, None]
-        return wrong
-    if output.scale is None and source.scale is None and output.dtype not in ("F32", "BF16", "F16"):
-        return source.values(start, stop, np.int64) != output.values(start, stop, np.int64)
-    dtype: Any = DTYPES[output.dtype] if output.scale is None else np.float32
-    got, want = output.values(start, stop, dtype), source.values(start, stop, dtype)
+def _is_same_format(source: Matrix, output: Matrix) -> bool:
+    mine, theirs = ((matrix.dtype, matrix.scale_dtype, matrix.tile) for matrix in (source, output))
+    return mine == theirs and not source.skipped_rows and not output.skipped_rows
+
+
+def _stored_differences(source: Matrix, output: Matrix, start: int, stop: int) -> list[str]:
+    lines = _line(
+        output.name + _place(output), source.name + _place(source),
+        _bits(source.codes(start, stop)) != _bits(output.codes(start, stop)), start,
+    )  # fmt: skip
+    if source.scale is not None and output.scale is not None:
+        mine, theirs = (Stored(matrix).scale(start, stop) for matrix in (source, output))
+        lines += _line(
+            output.scale.name + _place(output), source.scale.name + _place(source),
+            _bits(mine) != _bits(theirs), start // source.tile[0],
+        )  # fmt: skip
+    return lines
+
+
+def _wrong_values(source: Matrix, output: Matrix, start: int, stop: int) -> tuple[np.ndarray, bool]:
+    """Where the output is not what it should be, one bool per value, and whether it had to be rounded."""
+    if output.scale is None and source.scale is None and output.dtype not in _FLOATS:
+        return source.values(start, stop, np.int64) != output.values(start, stop, np.int64), False
+    got, want = (matrix.values(start, stop, np.float32) for matrix in (output, source))
     wrong = _bits(got) != _bits(want)
-    if output.scale is not None and source.scale is None and wrong.any():
-        wrong &= got.astype(np.float32) != _rounded(want, output)
-    return wrong
+    if not wrong.any():
+        return wrong, False
+    if output.scale is None:
+        return wrong & (_bits(got) != _bits(want.astype(DTYPES[output.dtype]).astype(np.float32))), True
+    if source.scale is None:
+        wrong &= got != _rounded(want, output)
+        # The source may itself have been rounded from what the output holds.
+        with np.errstate(over="ignore"):  # infinity differs
+            wrong &= got.astype(DTYPES[source.dtype]).astype(np.float32) != want
+        return wrong, True
+    return wrong, False
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from v4jax.checkpoint.assets import copy_assets
+from v4jax.checkpoint.assets import copy_assets, differing_assets
 from v4jax.checkpoint.content import Encoded
 from v4jax.checkpoint.layout import Job, Layout, PlannedFile, Target, Weights, plan_carried, plan_files
 from v4jax.checkpoint.location import Location, RangeReader, RemotePath, locate, write_json, writing
@@ -76,6 +76,11 @@ def convert(
         conversion = Conversion(job, files, destination)
         harmed = conversion.begin(resume=resume, keep_finished=keep_finished)
         notes = [*_notes(job), *(f"{name} was not as it had been written, and was written again" for name in harmed)]
+        if conversion.is_complete and resume:
+            if _has_side_files(job, config, destination):
+                notes.append(f"{destination} was complete: nothing was written; --verify compares it with its source")
+            else:
+                conversion.is_complete = False
         todo = [file for file in files if file.name not in conversion.files]
         _check_space(destination, sum(file.nbytes for file in todo))
         report = Report(job, files, progress, on_bytes)
@@ -187,10 +192,18 @@ def _about_base(job: Job, files: Sequence[PlannedFile]) -> list[str]:
 
 def _finish(job: Job, files: Sequence[PlannedFile], config: ModelConfig, destination: Location) -> None:
     """All that is not weights; a Hugging Face directory's config.json last, so that none looks whole before."""
-    copy_assets(job.source.path if job.source.path.is_dir() else job.source.path.parent, destination)
+    copy_assets(job.source.directory, destination)
     with writing(destination):
         if job.to == "hf" and len(files) > 1:
             total = sum(tensor.nbytes for file in files for tensor in file.tensors)
             weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
             write_json(destination / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(destination / "config.json", config.to_hf())
+
+
+def _has_side_files(job: Job, config: ModelConfig, destination: Location) -> bool:
+    try:
+        written = json.loads((destination / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return written == json.loads(json.dumps(config.to_hf())) and not differing_assets(destination, job.source.directory)

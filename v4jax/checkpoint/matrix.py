@@ -118,7 +118,7 @@ class Matrix:
         self.reader.reuse(codes)
         is_safe = scales.dtype == ml_dtypes.float8_e8m0fnu and int(scales.view(np.uint8).max()) <= _LARGEST_SAFE_SCALE
         if not is_safe:
-            check_finite(self.weight.name, values)
+            check_finite(f"{self.weight.name} with {self.scale.name}", values)
         return values
 
     def _scales_of(self, start: int, stop: int) -> tuple[np.ndarray, int]:

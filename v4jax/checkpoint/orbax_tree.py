@@ -66,7 +66,7 @@ def write_orbax(src: str | Path, dst: str | Path, *, weights: str, max_memory: i
 
     with writing(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as saver:
         saver.save(path.absolute() / TREE, args=ocp.args.PyTreeSave(tree))
-    copy_assets(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent, path)
+    copy_assets(checkpoint.directory, path)
     config = dequantised_config(checkpoint.config, "bf16" if weights == "bf16" else "fp32")
     write_json(path / "config.json", json.loads(json.dumps(config.to_hf())))
     return Summary(path, {TREE: {"bytes": need}}, count, need, checkpoint.notes)

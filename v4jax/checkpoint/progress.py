@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from v4jax.checkpoint.layout import Job, PlannedFile
-from v4jax.checkpoint.location import Location, RemotePath, write_json, writing
+from v4jax.checkpoint.location import Location, write_json, writing
 from v4jax.checkpoint.names import section_name, sections
 from v4jax.checkpoint.reader import MANIFEST, Checkpoint
 from v4jax.checkpoint.tensor_file import CheckpointError
@@ -68,18 +68,19 @@ class Conversion:
                 f"{self._destination}: cannot be resumed, it was begun with another source or other choices: "
                 f"{choices}, now {self._choices()}; repeat those, or remove it and convert again"
             )
-        finished = {name: entry for name, entry in record.get("files", {}).items() if self._is_planned(name)}
+        finished = {name: entry for name, entry in record["files"].items() if self._is_planned(name)}
         self.files = self._unharmed(finished)
         self.is_complete = record.get("status") == "complete" and len(self.files) == len(self._planned)
-        self._remove_partials()
         return sorted(finished.keys() - self.files.keys())
 
     def _is_finished(self) -> bool:
         """Whether all was written; sets `files` and `is_complete` then. Looks at no checksum."""
         if self._job.to == "v4jax":
             record = self._read() or {}
-            self.is_complete = (record.get("identity"), record.get("status")) == (self._identity, "complete")
-            self.files = record["files"] if self.is_complete else {}
+            self.files = {name: entry for name, entry in record.get("files", {}).items() if self._is_planned(name)}
+            is_same = (record.get("identity"), record.get("status")) == (self._identity, "complete")
+            self.is_complete = is_same and len(self.files) == len(self._planned)
+            self.files = self.files if self.is_complete else {}
         elif not self._place.is_file() and (self._destination / "config.json").is_file():
             self.is_complete = all(_has_header(self._destination / file.name, file) for file in self._planned)
             self.files = {file.name: {"bytes": file.nbytes} for file in self._planned} if self.is_complete else {}
@@ -91,17 +92,12 @@ class Conversion:
         if self._job.to == "hf" and self._is_finished():
             self.files = {file.name: checksum(destination / file.name) or {} for file in self._planned}
             return []
-        if destination.is_dir() and all(entry.name.endswith(".partial") for entry in destination.iterdir()):
-            self._remove_partials()
+        started = f"{self._place.name}.partial"  # object stores show no unfinished uploads
+        if destination.is_dir() and [entry.name for entry in destination.iterdir()] == [started]:
+            with writing(destination):
+                (destination / started).unlink()
         prepare_destination(destination)
         return []
-
-    def _remove_partials(self) -> None:
-        if isinstance(self._destination, RemotePath):
-            return  # object stores show no unfinished uploads
-        for file in list(self._destination.rglob("*.partial")):
-            with writing(file):
-                file.unlink()
 
     def _is_planned(self, name: str) -> bool:
         return any(file.name == name for file in self._planned)
@@ -123,7 +119,12 @@ class Conversion:
             raise CheckpointError(
                 f"{self._place}: cannot be read ({error}); remove the directory and convert again"
             ) from None
-        return record if isinstance(record, dict) else {}
+        files = record.get("files") if isinstance(record, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+            raise CheckpointError(
+                f"{self._place}: is no record of a conversion; remove the directory and convert again"
+            )
+        return record
 
     def _choices(self) -> dict[str, Any]:
         job = self._job
@@ -167,7 +168,7 @@ class Conversion:
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, object]:
     """What a record says of where the weights come from."""
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    root = checkpoint.directory
     files: set[Any] = {info.file for info in checkpoint.inventory.values()}
     return {
         "path": str(checkpoint.path.resolve()),

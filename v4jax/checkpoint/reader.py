@@ -72,6 +72,11 @@ class Checkpoint:
         return tuple(self.inventory[name] for name in self.ignored)
 
     @property
+    def directory(self) -> Any:
+        """Where `config.json` and the tokenizer lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors."""
         return sum(info.nbytes for info in self.inventory.values())
