@@ -78,6 +78,8 @@ _SCHEDULE = [
     "rope_parameters",
 ]
 _FLOATS = {"routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "initializer_range"}
+_LARGEST = {"n_routed_experts": 1 << 16, "num_nextn_predict_layers": 1 << 10}
+"""Far above any model: every one of them costs memory before the files are looked at."""
 _MAY_BE_NULL = {"bos_token_id", "eos_token_id", "expert_dtype"}
 
 
@@ -116,11 +118,27 @@ def _load_json(source: "str | Path | Mapping[str, Any]") -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no config.json at {path}; give a model directory or a config.json")
     try:
-        data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download the file again") from None
+        return _parse(path.read_bytes(), path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the permissions") from None
+
+
+def _parse(text: bytes, place: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1] if len(set(keys)) < len(keys) else []
+        if twice:
+            raise ConfigError(f"{place}: has {twice[0]!r} twice; remove one")
+        return dict(pairs)
+
+    try:
+        data = json.loads(text.decode(), object_pairs_hook=unique)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place} is not valid JSON ({error}); download the file again") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        raise ConfigError(f"{place}: expected a JSON object, found {type(data).__name__}")
     return data
 
 
@@ -154,6 +172,8 @@ def _check_types(fields: dict[str, Any]) -> None:
             raise ConfigError(f"{key}: got {value!r}, need {'a number' if key in _FLOATS else 'an integer'}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}: got {value!r}, need a finite number")
+        if value > _LARGEST.get(key, value):
+            raise ConfigError(f"{key}: got {value}, need at most {_LARGEST[key]}")
 
 
 def _read_schedule(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels_pallas import dispatch
+from v4jax.checkpoint.location import Location, RemotePath, locate
 from v4jax.checkpoint.names import (
     ParameterSpec,
     Section,
@@ -46,7 +47,7 @@ class Options:
     """Describe a model: its layers, parameters and tensors, and which implementation of each operation runs where."""
 
     path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """Model directory, config.json, or one of flash, pro, tiny, bench."""
+    """Model directory (a path or a URL), config.json, or one of flash, pro, tiny, bench."""
     json: Path | None = None
     """Also write everything to this file."""
     implementation: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -90,7 +91,9 @@ def describe(path: str) -> Description:
       ConfigError: for a config that is no V4 model's.
       CheckpointError: for tensors that do not fit it.
     """
-    found = Path(path)
+    found = locate(path)
+    if isinstance(found, RemotePath):
+        return _describe_checkpoint(found)
     if not found.exists():
         if path not in PRESETS:
             raise UserError(
@@ -100,7 +103,11 @@ def describe(path: str) -> Description:
     has_files = found.suffix == ".safetensors" or is_v4jax_directory(found) or any(found.glob("*.safetensors*"))
     if not has_files:
         return _describe_config(ModelConfig.from_hf(found))
-    checkpoint = open_checkpoint(found)
+    return _describe_checkpoint(found)
+
+
+def _describe_checkpoint(place: Location) -> Description:
+    checkpoint = open_checkpoint(place)
     notes = (*checkpoint.notes, *_unused_keys(checkpoint.config))
     return Description(checkpoint.config, tuple(checkpoint.inventory.values()), checkpoint.spelling, True, notes)
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from random_checkpoint import as_stored, plain_config, write_hf_directory
 from safetensors.numpy import load_file
 
 from v4jax import cli
@@ -30,6 +31,9 @@ def test_there_and_back_gives_the_same_tensors(shared, tmp_path, capfd):
         (["/nowhere", "out"], 1, "/nowhere: no such file or directory"),
         (["/nowhere", "out", "--shard-size", "big"], 2, "--shard-size: got 'big'"),
         (["/nowhere", "out", "--weights", "int4"], 2, "invalid choice"),
+        (["/nowhere", "out", "--max-memory", "9" * 5000], 2, "--max-memory: got '999"),
+        (["no\0where", "out"], 1, "NUL"),
+        (["memory://", "out"], 1, "names no folder"),
         (["/nowhere"], 2, "Required"),
     ],
 )
@@ -43,3 +47,55 @@ def test_an_existing_output_is_left_alone(shared, tmp_path, capfd):
     assert cli.main(["convert", str(shared / "goldens" / "flash_like_f32"), str(tmp_path)]) == 1
     assert str(tmp_path) in capfd.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["note"]
+
+
+@pytest.mark.parametrize("folder", ["layers", "encoding", "mtp/deep"])
+def test_an_output_that_would_change_its_source_is_refused(tmp_path, capfd, folder):
+    source = write_hf_directory(tmp_path / "a", plain_config(), as_stored(plain_config()))
+    (tmp_path / "link").symlink_to(source)
+    for place in (source / folder, tmp_path / "link" / folder, f"file://{source}/{folder}"):
+        assert cli.main(["convert", str(source), str(place)]) == 1
+        assert f"its own {folder.split('/')[0]}" in capfd.readouterr().err
+    assert cli.main(["convert", str(source), f"file://{source}"]) == 1
+    assert "is the checkpoint to be converted" in capfd.readouterr().err
+    assert sorted(file.name for file in source.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"hidden_size": 1, "hidden_size": 2}', "'hidden_size' twice"),
+        ("[" * 100_000, "JSON"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "4300 digits"),
+        ('"text"', "JSON"),
+    ],
+)
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_a_broken_config_is_one_clear_message(tmp_path, capfd, place, text, message):
+    source = write_hf_directory(tmp_path / "a", plain_config(), as_stored(plain_config()))
+    (source / "config.json").write_text(text)
+    url = str(source)
+    if place == "remote":
+        fs = pytest.importorskip("fsspec").filesystem("memory")
+        url = f"memory://{tmp_path.name}"
+        fs.put(str(source), url, recursive=True)
+    assert cli.main(["convert", url, str(tmp_path / "b")]) == 1
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["n_routed_experts", "num_nextn_predict_layers"])
+def test_an_absurd_count_is_refused_before_it_costs_memory(tmp_path, capfd, key):
+    source = write_hf_directory(tmp_path / "a", plain_config(), as_stored(plain_config()))
+    config = json.loads((source / "config.json").read_text()) | {key: 10**8}
+    (source / "config.json").write_text(json.dumps(config))
+    assert cli.main(["info", str(source)]) == 1
+    assert f"{key}: got 100000000, need at most" in capfd.readouterr().err
+
+
+def test_info_reads_urls(tmp_path, capfd):
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    source = write_hf_directory(tmp_path / "a", plain_config(), as_stored(plain_config()))
+    fs.put(str(source), f"memory://{tmp_path.name}", recursive=True)
+    assert cli.main(["info", f"memory://{tmp_path.name}"]) == 0
+    assert cli.main(["info", f"file://{source}"]) == 0
+    assert "hidden_size" in capfd.readouterr().out

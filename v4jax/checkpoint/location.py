@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError
 
-from v4jax.checkpoint.tensor_file import CheckpointError
+from v4jax.checkpoint.tensor_file import CheckpointError, parse_json
 
 _REUSED = 1 << 20
 """Bytes from which on buffers are worth keeping."""
 
+_LOCAL = ("file", "local")
 _EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
 
@@ -42,12 +43,14 @@ class RemotePath:
     def __init__(self, url: str) -> None:
         scheme, _, path = url.partition("://")
         self._scheme, self._path = scheme, PurePosixPath(path)
+        if not path.strip("/"):
+            raise CheckpointError(f"{url}: names no folder; give a URL such as gs://bucket/model")
         try:
             import fsspec
 
             self._fs: Any = fsspec.filesystem(scheme)
         except ImportError as error:
-            package = _EXTRAS.get(scheme, error.name)
+            package = _EXTRAS.get(scheme) or error.name or f"what fsspec uses for {scheme} ({error})"
             raise CheckpointError(f"{url}: needs {package}, not installed; pip install 'v4jax[remote]'") from None
         except ValueError as error:
             raise CheckpointError(f"{url}: {error}; give a local path or a URL such as gs://bucket/model") from None
@@ -165,11 +168,20 @@ Location = Path | RemotePath
 
 
 def locate(path: "str | os.PathLike[str] | RemotePath") -> Location:
-    """The place that a path or URL means."""
+    """The place that a path or URL means.
+
+    Raises:
+        CheckpointError: there can be no such place, or the package for its scheme is not installed.
+    """
     if isinstance(path, RemotePath):
         return path
     text = os.fspath(path)
-    return RemotePath(text.rstrip("/")) if "://" in text else Path(text)
+    if "\0" in text:
+        raise CheckpointError(f"{text!r}: no path has NUL characters; correct it")
+    scheme, mark, rest = text.partition("://")
+    if mark and scheme in _LOCAL:
+        return Path(rest)
+    return RemotePath(text) if mark else Path(text)
 
 
 def config_source(path: Location) -> "Path | dict[str, Any]":
@@ -180,13 +192,11 @@ def config_source(path: Location) -> "Path | dict[str, Any]":
     """
     if isinstance(path, Path):
         return path
+    file = path / "config.json"
     try:
-        data = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}/config.json: cannot be read ({error}); give a model directory") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}/config.json: got {type(data).__name__}, need a JSON object")
-    return data
+        return parse_json(file, file.read_bytes(), "text")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); give a model directory") from None
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

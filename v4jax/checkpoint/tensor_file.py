@@ -52,6 +52,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+_FOLDERS = ("layers", "mtp", "encoding", "additional_chat_templates")
+"""Of model directories, v4jax's and others'."""
+
 _MAX_HEADER = 40_000_000
 """Bytes, for a header or an index: V4-Pro in one file needs half of it."""
 _MAX_NAME = 1000
@@ -98,7 +101,9 @@ class TensorInfo:
         except EOFError:
             raise CheckpointError(f"{self.file}: ends within {self.name}; {_FETCH_AGAIN}") from None
         except OSError as error:
-            raise CheckpointError(f"{self.file}: {error.strerror}; check the disk and the permissions") from None
+            raise CheckpointError(
+                f"{self.file}: {error.strerror or error}; check the disk and the permissions"
+            ) from None
         return buffer.view(DTYPES[self.dtype]).reshape(shape)
 
 
@@ -129,10 +134,10 @@ def read_header(path: Any) -> dict[str, TensorInfo]:
                 )
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; check the path and the permissions") from None
+        raise CheckpointError(f"{path}: {error.strerror or error}; check the path and the permissions") from None
     if length > _LARGE:
         _check_outline(path, text)
-    entries = _parse_json(path, text)
+    entries = parse_json(path, text)
     entries.pop("__metadata__", None)
     start = 8 + length
     tensors = {name: _parse_entry(path, name, entry, start) for name, entry in entries.items()}
@@ -167,7 +172,13 @@ def _check_outline(path: Any, text: bytes) -> None:
         raise CheckpointError(f"{path}: its header of {len(text)} bytes is no table of tensors; {_FETCH_AGAIN}")
 
 
-def _parse_json(path: Any, text: bytes, what: str = "header") -> dict[str, Any]:
+def parse_json(path: Any, text: bytes, what: str = "header") -> dict[str, Any]:
+    """A JSON object that names nothing twice.
+
+    Raises:
+        CheckpointError: it is something else; the message calls it `what` of `path`.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
@@ -260,11 +271,18 @@ def check_apart(source: Path, destination: Path) -> None:
     """Refuses to write over what is read, whatever links lead to it.
 
     Raises:
-        CheckpointError: the destination is the source or its directory, or either is a link to itself.
+        CheckpointError: the destination is the source or its directory, or a folder of it that means something, or
+            either is a link to itself.
     """
     for path in (source, destination):
         check_link(path)
     directory = source if source.is_dir() else source.parent
+    inside = os.path.relpath(os.path.realpath(destination), os.path.realpath(directory)).split(os.sep)[0]
+    if inside in _FOLDERS:
+        raise CheckpointError(
+            f"{destination}: is where a model directory keeps its own {inside}, and {directory} is one; give another "
+            "output directory"
+        )
     for path in {source, directory}:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if os.path.realpath(path) == os.path.realpath(destination) or path.samefile(destination):
@@ -338,9 +356,9 @@ def _read_index(index: Any) -> dict[str, Any]:
         size = index.stat().st_size
         if size > _MAX_HEADER:
             raise CheckpointError(f"{index}: got {size} bytes, need at most {_MAX_HEADER}; {_FETCH_AGAIN}")
-        return _parse_json(index, index.read_bytes(), "index")
+        return parse_json(index, index.read_bytes(), "index")
     except OSError as error:
-        raise CheckpointError(f"{index}: {error.strerror}; check the path and the permissions") from None
+        raise CheckpointError(f"{index}: {error.strerror or error}; check the path and the permissions") from None
 
 
 def notes_on_index(directory: Any, tensors: dict[str, TensorInfo]) -> list[str]:

@@ -12,7 +12,8 @@ from v4jax.checkpoint.orbax_tree import write_orbax
 from v4jax.checkpoint.writer import Summary
 from v4jax.errors import UsageError
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1} | {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", start=1)}
+_UNITS |= {f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", start=1)}
 
 Place = Annotated[str, tyro.conf.arg(metavar="PATH|URL")]
 
@@ -101,7 +102,7 @@ def parse_size(text: str, flag: str = "--shard-size") -> int:
     Raises:
       UsageError: for anything else, or zero.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]I?B)?", text.strip().upper())
     size = int(match[1]) * _UNITS[match[2] or ""] if match else 0
     if size == 0:
         raise UsageError(f"{flag}: got {text!r}, need a positive size such as 5GB or 500MiB")
