@@ -149,7 +149,7 @@ def dspark_head(config: ModelConfig) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_refreshed_release_reads_and_carries_its_head(tmp_path: Path, spelling: Spelling, shards: int):
     plain = quantised_config()
-    data = plain.to_hf() | {"dspark_block_size": 5, "dspark_markov_rank": 256}
+    data: dict[str, Any] = plain.to_hf() | {"dspark_block_size": 5, "dspark_markov_rank": 256}
     data["compress_ratios"] = [*data["compress_ratios"][:-1], 0, 0, 0]
     config = ModelConfig.from_hf(data)
     head = dspark_head(plain)

@@ -145,8 +145,9 @@ def test_a_damaged_record_is_refused(tmp_path: Path, source: Path, files: Any, o
     convert(source, tmp_path / "b")
     place = tmp_path / "b" / MANIFEST
     place.write_text(json.dumps(json.loads(place.read_text()) | {"files": files}))
+    options: dict[str, Any] = {option: True}
     with pytest.raises(CheckpointError, match="is no record of a conversion"):
-        convert(source, tmp_path / "b", **{option: True})
+        convert(source, tmp_path / "b", **options)
 
 
 # ---- disk space -----------------------------------------------------------------------------------------------------

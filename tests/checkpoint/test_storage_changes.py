@@ -15,6 +15,7 @@ from random_checkpoint import as_stored, plain_config, quantised_config, random_
 from v4jax.checkpoint.compare import compare_tensors
 from v4jax.checkpoint.convert import convert
 from v4jax.checkpoint.names import Spelling, Storage, section_parameters, sections
+from v4jax.checkpoint.progress import describe_source
 from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
 from v4jax.checkpoint.tensor_file import CheckpointError
 from v4jax.checkpoint.writer import save_model
@@ -184,6 +185,22 @@ def test_a_fine_tuned_model_goes_back_with_the_bytes_of_all_that_did_not_change(
     assert untouched.tensors
     convert(tmp_path / "bf16", tmp_path / "back", weights=weights, to="hf", base=tmp_path / "a")
     assert checksums(tmp_path / "back") == before
+
+
+def test_the_note_on_base_names_the_quantised_checkpoint_at_the_beginning(tmp_path: Path):
+    config = quantised_config()
+    write_hf_directory(tmp_path / "a", config, as_stored(config))
+    convert(tmp_path / "a", tmp_path / "plain", weights="bf16")
+    plain = open_checkpoint(tmp_path / "plain")
+    layers = [plain.layer(n) for n in range(config.num_hidden_layers)]
+    origin = describe_source(plain)
+    save_model(tmp_path / "tuned", plain.config, plain.top(), layers, [plain.mtp(0)], source=origin)
+    for name in ("plain", "tuned"):
+        notes = convert(tmp_path / name, tmp_path / f"{name}-out", to="hf").notes
+        assert f"--base {tmp_path / 'a'} keeps the bytes" in notes[-1]
+    (tmp_path / "plain").rename(tmp_path / "moved")
+    notes = convert(tmp_path / "tuned", tmp_path / "out", to="hf").notes
+    assert f"--base {tmp_path / 'plain'} keeps the bytes" in notes[-1]
 
 
 def test_a_base_of_another_model_is_refused(tmp_path: Path):

@@ -8,6 +8,7 @@ from random_checkpoint import as_stored, plain_config, write_hf_directory
 from safetensors.numpy import load_file
 
 from v4jax import cli
+from v4jax.checkpoint.verb import _Log
 
 
 def test_there_and_back_gives_the_same_tensors(shared, tmp_path, capfd):
@@ -99,3 +100,17 @@ def test_info_reads_urls(tmp_path, capfd):
     assert cli.main(["info", f"memory://{tmp_path.name}"]) == 0
     assert cli.main(["info", f"file://{source}"]) == 0
     assert "hidden_size" in capfd.readouterr().out
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+def test_a_log_gets_a_line_now_and_then(capfd):
+    seconds = 0.0
+    log = _Log(lambda: seconds)
+    log.on_bytes(40_000_000_000, 160_000_000_000)  # an earlier run's
+    log.on_section(10, 45, "layers.8")
+    for seconds in (10.0, 29.0, 31.0, 40.0, 62.0):
+        log.on_bytes(int(40e9 + seconds * 200e6), 160_000_000_000)
+    assert capfd.readouterr().err.splitlines() == [
+        "layers.8 10/45: 46.20 of 160.00 GB, 200 MB/s, 9 min left",
+        "layers.8 10/45: 52.40 of 160.00 GB, 200 MB/s, 9 min left",
+    ]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from train.tiny_run import SETTINGS, run_config, write_model, write_texts
 
+from v4jax.checkpoint.reader import open_checkpoint
 from v4jax.errors import UserError
 from v4jax.loading import load
 from v4jax.train import evaluate, loop
@@ -63,6 +64,7 @@ def test_a_run_leaves_a_model_its_metrics_and_its_curves(finished: Path, model: 
     assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 3, 6]
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert (finished / "model" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert open_checkpoint(finished / "model").recorded_source == str(model.resolve())
     trained, untrained = load(finished / "model"), load(model)
     assert trained.config == untrained.config
     assert not np.array_equal(trained.head_weight, untrained.head_weight)

@@ -10,14 +10,15 @@ from typing import Any, get_args
 from v4jax.checkpoint.assets import copy_assets, differing_assets
 from v4jax.checkpoint.content import Encoded
 from v4jax.checkpoint.layout import Job, Layout, PlannedFile, Target, Weights, plan_carried, plan_files
-from v4jax.checkpoint.location import Location, RangeReader, RemotePath, locate, write_json, writing
+from v4jax.checkpoint.location import Location, RangeReader, RemotePath, config_source, locate, write_json, writing
 from v4jax.checkpoint.names import section_parameters, sections
 from v4jax.checkpoint.progress import Conversion, Report
-from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
+from v4jax.checkpoint.reader import Checkpoint, open_checkpoint, recorded_source
 from v4jax.checkpoint.tensor_file import INDEX_FILE, CheckpointError, check_apart
 from v4jax.checkpoint.transfer import Transfer, share_memory
 from v4jax.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, Summary, dequantised_config
 from v4jax.config import RELEASED_QUANTIZATION, ModelConfig
+from v4jax.errors import UserError
 
 DEFAULT_MEMORY = 2 << 30
 _SLACK = 64 << 20
@@ -84,9 +85,7 @@ def convert(
         todo = [file for file in files if file.name not in conversion.files]
         _check_space(destination, sum(file.nbytes for file in todo))
         report = Report(job, files, progress, on_bytes)
-        for file in files:
-            if file.name in conversion.files:
-                report.add_file(file)
+        report.add_files([file for file in files if file.name in conversion.files])
         if not conversion.is_complete:
             conversion.save()
             transfer = Transfer(
@@ -173,10 +172,27 @@ def _notes(job: Job) -> list[str]:
         size = sum(info.nbytes for info in carried)
         notes.append(f"DSpark head carried through untouched: {len(carried)} tensors (mtp.*), {size:,} bytes")
     if job.base is None and job.source.config.quantization_config is None and job.weights in ("native", "fp4", "fp8"):
-        origin = job.source.recorded_source
+        origin = _origin(job.source.recorded_source)
         if origin:
             notes.append(f"the source was made from {origin}; --base {origin} keeps the bytes of what did not change")
     return notes
+
+
+def _origin(path: str | None) -> str | None:
+    """The quantised checkpoint at the beginning of a chain of v4jax directories, as far as their records tell."""
+    seen: set[str] = set()
+    while path is not None and path not in seen:
+        seen.add(path)
+        try:
+            place = locate(path)
+            is_quantised = ModelConfig.from_hf(config_source(place)).quantization_config is not None
+            before = None if is_quantised else recorded_source(place)
+        except UserError:  # it was moved, and its name may still help
+            return path
+        if is_quantised or before is None:
+            return path
+        path = before
+    return path
 
 
 def _about_base(job: Job, files: Sequence[PlannedFile]) -> list[str]:

@@ -238,8 +238,9 @@ class Report:
                 if self._progress:
                     self._progress(self._told, len(self._sections), self._sections[self._told - 1])
 
-    def add_file(self, file: PlannedFile) -> None:
-        """A whole file is there already."""
-        self.add_bytes(file.nbytes)
-        for tensor in file.tensors:
+    def add_files(self, files: Sequence[PlannedFile]) -> None:
+        """These are there already."""
+        if files:
+            self.add_bytes(sum(file.nbytes for file in files))
+        for tensor in (tensor for file in files for tensor in file.tensors):
             self.add_tensor(tensor.section)

@@ -84,9 +84,7 @@ class Checkpoint:
     @property
     def recorded_source(self) -> str | None:
         """Where a v4jax directory's weights came from, if its record says so."""
-        manifest = read_manifest(self.path) if (self.path / MANIFEST).is_file() else {}
-        found = manifest.get("source", {}).get("path")
-        return found if isinstance(found, str) else None
+        return recorded_source(self.path)
 
     def top(self, dtype: ParameterDType = "float32") -> dict[str, np.ndarray]:
         """Embedding, head, final norm and head hyper-connection."""
@@ -382,3 +380,11 @@ def read_manifest(directory: Any) -> dict[str, Any]:
     if not is_valid:
         raise CheckpointError(f"{file}: need the sizes of the files under 'files'; convert again")
     return manifest
+
+
+def recorded_source(directory: Any) -> str | None:
+    """Where a v4jax directory's weights came from, if it is one and its record says so."""
+    manifest = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
+    source = manifest.get("source")
+    found = source.get("path") if isinstance(source, dict) else None
+    return found if isinstance(found, str) else None

@@ -2,7 +2,10 @@
 
 import dataclasses
 import re
-from typing import Annotated
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import tyro
 
@@ -71,6 +74,9 @@ def _convert(options: Options, shard_bytes: int, max_memory: int) -> Summary:
     from rich import progress
     from rich.console import Console
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return _run(options, shard_bytes, max_memory, _Log())
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -78,22 +84,74 @@ def _convert(options: Options, shard_bytes: int, max_memory: int) -> Summary:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("converting", total=None)
-        return convert(
-            options.src,
-            options.dst,
-            weights=options.weights,
-            to="hf" if options.to == "hf" else "v4jax",
-            layout=options.layout,
-            max_shard_bytes=shard_bytes,
-            max_memory=max_memory,
-            base=options.base,
-            resume=options.resume,
-            keep_finished=options.verify,
-            progress=lambda done, total, name: bar.update(task, description=f"{name} {done}/{total}"),
-            on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        return _run(options, shard_bytes, max_memory, _Bar(bar, bar.add_task("converting", total=None)))
+
+
+class _Bar:
+    """Progress on a terminal."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def on_section(self, done: int, total: int, name: str) -> None:
+        """A section is written."""
+        self._bar.update(self._task, description=f"{name} {done}/{total}")
+
+    def on_bytes(self, done: int, total: int) -> None:
+        """So many bytes are written."""
+        self._bar.update(self._task, completed=done, total=total)
+
+
+class _Log:
+    """Progress elsewhere: a line now and then, with the speed since the start and the time left.
+
+    Args:
+        clock: seconds.
+    """
+
+    INTERVAL = 30.0
+    """Seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._section = clock, "converting"
+        self._start: tuple[float, int] | None = None
+        self._last = clock()
+
+    def on_section(self, done: int, total: int, name: str) -> None:
+        """A section is written."""
+        self._section = f"{name} {done}/{total}"
+
+    def on_bytes(self, done: int, total: int) -> None:
+        """So many bytes are written."""
+        now = self._clock()
+        self._start = self._start or (now, done)  # what an earlier run wrote is no speed
+        if now - self._last < self.INTERVAL:
+            return
+        self._last = now
+        speed = (done - self._start[1]) / max(now - self._start[0], 1e-9)
+        left = f", {(total - done) / speed / 60:.0f} min left" if speed else ""
+        print(
+            f"{self._section}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e6:.0f} MB/s{left}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def _run(options: Options, shard_bytes: int, max_memory: int, shown: _Bar | _Log) -> Summary:
+    return convert(
+        options.src,
+        options.dst,
+        weights=options.weights,
+        to="hf" if options.to == "hf" else "v4jax",
+        layout=options.layout,
+        max_shard_bytes=shard_bytes,
+        max_memory=max_memory,
+        base=options.base,
+        resume=options.resume,
+        keep_finished=options.verify,
+        progress=shown.on_section,
+        on_bytes=shown.on_bytes,
+    )
 
 
 def parse_size(text: str, flag: str = "--shard-size") -> int:

@@ -66,6 +66,7 @@ def save_model(
     *,
     weights: Literal["bf16", "fp32"] = "fp32",
     assets_from: str | Path | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Writes a v4jax directory from flat dicts of parameters, taking the layers one at a time.
 
@@ -77,13 +78,16 @@ def save_model(
         mtp: one dict per MTP block of `config`.
         weights: dtype of the matrices; norms, hyper-connections, sinks and biases are always F32, hash tables I64.
         assets_from: a model directory whose tokenizer and encoding files are copied.
+        source: where the weights come from, for the record (`describe_source`).
 
     Raises:
         CheckpointError: the destination is not empty or cannot be written, or a parameter is missing, unknown or
             mis-shaped.
     """
     stream = _sections_in_memory(config, top, layers, mtp, weights)
-    return write_v4jax(path, dequantised_config(config, weights), stream, weights=weights, assets_from=assets_from)
+    return write_v4jax(
+        path, dequantised_config(config, weights), stream, weights=weights, assets_from=assets_from, source=source
+    )
 
 
 def save_hf(

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from v4jax import distributed
+from v4jax.checkpoint.progress import describe_source
 from v4jax.checkpoint.reader import open_checkpoint
 from v4jax.checkpoint.store import RunDirectory, StateStore, abstract_like, fingerprint
 from v4jax.checkpoint.writer import save_model
@@ -380,6 +381,7 @@ def _export(model: Transformer, source: Path, result: Path) -> None:
     if not distributed.is_first():
         collections.deque(layers, maxlen=0)  # the first process needs our parts of each
     else:
-        save_model(partial, model.config, top, layers, mtp, weights="fp32", assets_from=source)
+        origin = describe_source(open_checkpoint(source))  # so that `convert` can say which --base to give
+        save_model(partial, model.config, top, layers, mtp, weights="fp32", assets_from=source, source=origin)
         os.replace(partial, result)
     distributed.meet("model written")
