@@ -20,9 +20,9 @@ class Blocks:
 
 
 def choose_blocks(
-    chip: Chip, length: int, count: int, width: int, dtype: DTypeLike, *, has_write: bool, is_head: bool
+    chip: Chip, total: int, count: int, width: int, dtype: DTypeLike, *, has_write: bool, is_head: bool
 ) -> Blocks:
-    """The largest block of tokens that fits, up to 256.
+    """The largest block of tokens that fits, up to 256; whole tiles of rows, also where there are fewer tokens.
 
     Raises:
       ValueError: not even one vector register of tokens fits; says how many bytes it needs.
@@ -30,8 +30,8 @@ def choose_blocks(
     padded = round_up(width, LANES)
     columns = next(size for size in (256, 128) if padded % size == 0)
     step = sublanes(dtype)
-    whole = round_up(length, step)
-    sizes = [size for size in (256, 128) if size <= round_up(length, LANES)]
+    whole = round_up(total, step)
+    sizes = [size for size in (256, 128) if size <= round_up(total, LANES)]
     candidates = [size for size in sizes if size < whole] + [whole] if whole <= 256 else sizes
     tokens = LANES
     for tokens in sorted(candidates, reverse=True):

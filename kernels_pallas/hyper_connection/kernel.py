@@ -8,7 +8,8 @@ A grid step holds `tokens` tokens of all streams in VMEM, so that each stream cr
 3. Gates and Sinkhorn rounds on [1, tokens] rows.
 4. Collapse Σ_i pre_i · X'_i, rounded, then its RMSNorm.
 
-Tokens never mix, so that the rows of an incomplete last block only spoil themselves.
+Tokens never mix, so that rows and sequences are one dimension here, and the rows of an incomplete block only spoil
+themselves.
 """
 
 import dataclasses
@@ -114,7 +115,7 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
 
     if dtype == jnp.bfloat16:
 
-        @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0))
+        @pl.when(pl.program_id(0) == 0)
         def _() -> None:
             for part, value in enumerate(split_bf16(fn_ref[...])):
                 parts_ref[part * rows : part * rows + spec.maps] = value
@@ -236,47 +237,53 @@ def seam_forward(
       gain: [D], of the norm.
     """
     batch, length, flat = streams.shape
+    total = batch * length
     width = gain.shape[0]
     count = flat // width
     chip = current_chip()
-    blocks = choose_blocks(chip, length, count, width, streams.dtype, has_write=out is not None, is_head=is_head)
+    blocks = choose_blocks(chip, total, count, width, streams.dtype, has_write=out is not None, is_head=is_head)
     spec = Spec(count, width, out is not None, is_head, iterations, eps, norm_eps, blocks)
     padded, tokens = round_up(width, LANES), blocks.tokens
+    # Maps have tokens on lanes, where a block is either whole lanes or all there is: a single block is all there is.
+    on_lanes = max(total, tokens)
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
 
     def rows(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, tokens, size), lambda b, s: (b, s, 0))
+        return pl.BlockSpec((tokens, size), lambda t: (t, 0))
 
     def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda b, s: (0,) * len(shape))
+        return pl.BlockSpec(shape, lambda t: (0,) * len(shape))
 
     def lanes(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, size, tokens), lambda b, s: (b, 0, s))
+        return pl.BlockSpec((size, tokens), lambda t: (0, t))
 
     operands: list[Any] = [scale, base]
     in_specs: list[Any] = [scalars, scalars]
     if out is not None:
         assert maps is not None
-        operands += [pad_streams(out, 1, padded), jnp.moveaxis(maps, 0, 1)]
+        operands += [
+            pad_streams(out.reshape(total, width), 1, padded),
+            jnp.pad(maps.reshape(len(maps), total), ((0, 0), (0, on_lanes - total))),
+        ]
         in_specs += [rows(padded), lanes(len(maps))]
     operands += [
-        pad_streams(streams, count, padded),
+        pad_streams(streams.reshape(total, flat), count, padded),
         pad_streams(fn, count, padded),
         pad_streams(gain[None], 1, padded),
     ]
     in_specs += [rows(count * padded), whole(spec.maps, count * padded), whole(1, padded)]
-    shapes: list[Any] = [jax.ShapeDtypeStruct((batch, length, padded), streams.dtype)]
+    shapes: list[Any] = [jax.ShapeDtypeStruct((total, padded), streams.dtype)]
     out_specs: list[Any] = [rows(padded)]
     if out is not None:
-        shapes.append(jax.ShapeDtypeStruct((batch, length, count * padded), streams.dtype))
+        shapes.append(jax.ShapeDtypeStruct((total, count * padded), streams.dtype))
         out_specs.append(rows(count * padded))
     if not is_head:
-        shapes.append(jax.ShapeDtypeStruct((batch, spec.maps, length), jnp.float32))
+        shapes.append(jax.ShapeDtypeStruct((spec.maps, on_lanes), jnp.float32))
         out_specs.append(lanes(spec.maps))
     parts = (3 * spec.fn_rows, count * padded) if streams.dtype == jnp.bfloat16 else (16, LANES)
     results = pl.pallas_call(
         functools.partial(_seam_kernel, spec),
-        grid=(batch, pl.cdiv(length, tokens)),
+        grid=(pl.cdiv(total, tokens),),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=shapes,
@@ -286,13 +293,13 @@ def seam_forward(
             pltpu.VMEM((count, tokens, LANES), jnp.float32),
             pltpu.VMEM((tokens, LANES), jnp.float32),
         ],
-        compiler_params=compiler_params(chip, semantics=("arbitrary", "arbitrary"), vmem_bytes=blocks.vmem_limit),
+        compiler_params=compiler_params(chip, semantics=("arbitrary",), vmem_bytes=blocks.vmem_limit),
         name="hyper_connection_head" if is_head else "hyper_connection_seam",
     )(*operands)
     results = list(results)
-    x = results.pop(0)[..., :width]
-    new = streams if out is None else unpad_streams(results.pop(0), count, width)
-    return x, new, None if is_head else jnp.moveaxis(results.pop(0), 1, 0)
+    x = results.pop(0)[:, :width].reshape(batch, length, width)
+    new = streams if out is None else unpad_streams(results.pop(0), count, width).reshape(streams.shape)
+    return x, new, None if is_head else results.pop(0)[:, :total].reshape(spec.maps, batch, length)
 
 
 def pad_streams(x: jax.Array, count: int, padded: int) -> jax.Array:

@@ -54,7 +54,9 @@ def assert_close(got, want):
     np.testing.assert_allclose(got, want, rtol=tolerances.KERNEL_FLOAT32, atol=tolerances.KERNEL_FLOAT32)
 
 
-@pytest.mark.parametrize(("batch", "length", "count", "width"), [(1, 10, 4, 120), (2, 1, 2, 128)])
+@pytest.mark.parametrize(
+    ("batch", "length", "count", "width"), [(1, 10, 4, 120), (1, 1, 2, 128), (17, 1, 2, 128), (3, 5, 4, 128)]
+)
 def test_the_seam_kernel_equals_the_reference(batch, length, count, width):
     args = operands(batch, length, count, width)
     x, streams, maps = interpreted(run_seam, args, "pallas")
@@ -64,8 +66,9 @@ def test_the_seam_kernel_equals_the_reference(batch, length, count, width):
     assert_close(writing_rows(maps, count), writing_rows(want_maps, count))
 
 
-def test_the_entry_kernel_equals_the_reference_and_leaves_the_streams_alone():
-    _, streams, _, *parameters = operands(1, 8, 4, 128, seed=1)
+@pytest.mark.parametrize(("batch", "length"), [(1, 8), (4, 1)])
+def test_the_entry_kernel_equals_the_reference_and_leaves_the_streams_alone(batch, length):
+    _, streams, _, *parameters = operands(batch, length, 4, 128, seed=1)
     args = (None, streams, None, *parameters)
     x, same, maps = interpreted(run_seam, args, "pallas")
     want_x, _, want_maps = run_seam(args, "reference")
@@ -74,8 +77,9 @@ def test_the_entry_kernel_equals_the_reference_and_leaves_the_streams_alone():
     assert_close(writing_rows(maps, 4), writing_rows(want_maps, 4))
 
 
-def test_the_head_kernel_equals_the_reference():
-    args = operands(1, 8, 4, 120, seed=2, is_head=True)
+@pytest.mark.parametrize(("batch", "length"), [(1, 8), (4, 1)])
+def test_the_head_kernel_equals_the_reference(batch, length):
+    args = operands(batch, length, 4, 120, seed=2, is_head=True)
     got = interpreted(lambda: leave(*args, implementation="pallas", **LEAVE))
     for a, b in zip(got, leave(*args, implementation="reference", **LEAVE), strict=True):
         assert_close(a, b)
@@ -83,13 +87,22 @@ def test_the_head_kernel_equals_the_reference():
 
 @pytest.mark.nightly
 @settings(max_examples=4, deadline=None)
-@given(length=st.integers(1, 300), batch=st.integers(1, 2))
+@given(length=st.integers(1, 150), batch=st.integers(1, 3))
 def test_any_number_of_tokens_gives_each_token_its_own_result(length, batch):
     args = operands(batch, length, 2, 128, seed=3)
     x, streams, _ = interpreted(run_seam, args, "pallas")
     want_x, want_streams, _ = run_seam(args, "reference")
     assert_close(streams, want_streams)
     assert_close(x, want_x)
+
+
+def test_tokens_beyond_a_block_keep_to_their_own_rows_in_every_sequence():
+    args = operands(2, 130, 2, 128, seed=9)
+    x, streams, maps = interpreted(run_seam, args, "pallas")
+    want_x, want_streams, want_maps = run_seam(args, "reference")
+    assert_close(streams, want_streams)
+    assert_close(x, want_x)
+    assert_close(writing_rows(maps, 2), writing_rows(want_maps, 2))
 
 
 def test_bfloat16_streams_lose_nothing_but_their_own_rounding():
