@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kernels_pallas.hyper_connection import mixing
 from kernels_pallas.tpu import LANES, Chip, check_vmem, round_up, sublanes, tile_bytes, vmem_budget
 
 
@@ -17,6 +18,8 @@ class Blocks:
     """Of the slabs in which the matrix unit follows the vector unit."""
     vmem_limit: int
     """What the compiler may use: the blocks and a quarter more for its spills. The rest is XLA's to place arrays in."""
+    has_matrix_mix: bool = False
+    """Whether the matrix unit mixes the streams (`mixing`), not the vector unit."""
 
 
 def choose_blocks(
@@ -37,7 +40,8 @@ def choose_blocks(
     for tokens in sorted(candidates, reverse=True):
         needed = vmem_bytes(tokens, count, padded, dtype, has_write=has_write, is_head=is_head)
         if needed <= vmem_budget(chip):
-            return Blocks(tokens, columns, min(needed + needed // 4 + (4 << 20), vmem_budget(chip)))
+            limit = min(needed + needed // 4 + (4 << 20), vmem_budget(chip))
+            return Blocks(tokens, columns, limit, has_write and _fills_matrix_unit(chip, total, count, dtype))
     check_vmem(
         f"hyper_connection: {count} streams × {width} {jnp.dtype(dtype).name}, blocks of {tokens} tokens",
         vmem_bytes(tokens, count, padded, dtype, has_write=has_write, is_head=is_head),
@@ -55,3 +59,11 @@ def vmem_bytes(tokens: int, count: int, padded: int, dtype: DTypeLike, *, has_wr
     lanes = tile_bytes((tokens, LANES), "float32")
     scratch = tile_bytes((3 * round_up(maps, 8), count * padded), "bfloat16") + lanes * (count * (count + 2) + 1)
     return 2 * blocks + 2 * tile_bytes((maps, count * padded), "float32") + scratch
+
+
+def _fills_matrix_unit(chip: Chip, total: int, count: int, dtype: DTypeLike) -> bool:
+    """Whether a tile of tokens is one pass of the matrix unit, and every tile is full.
+
+    float32 streams would be six passes, and the rows of an incomplete tile hold anything, which spoils the others.
+    """
+    return dtype == jnp.bfloat16 and total % mixing.TILE == 0 and mixing.depth(count) <= chip.mxu_depth

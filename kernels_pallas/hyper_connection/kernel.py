@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.hyper_connection import mixing
 from kernels_pallas.hyper_connection.block_sizes import Blocks, choose_blocks
+from kernels_pallas.hyper_connection.mixing import split_bf16
 from kernels_pallas.tpu import LANES, compiler_params, current_chip, round_up, sublanes
 
 _ROWS = (((1,), (1,)), ((), ()))
@@ -54,14 +56,6 @@ class Spec:
     def fn_rows(self) -> int:
         """Rows of `fn`, padded to whole sublanes."""
         return round_up(self.maps, 8)
-
-
-def split_bf16(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three bf16 arrays whose sum is the float32 array, to its last bit."""
-    high = x.astype(jnp.bfloat16)
-    rest = x - high.astype(jnp.float32)
-    middle = rest.astype(jnp.bfloat16)
-    return high, middle, (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def _dot_rows(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -103,6 +97,7 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
     refs = list(all_refs)
     scale_ref, base_ref = refs.pop(0), refs.pop(0)
     out_ref, maps_ref = (refs.pop(0), refs.pop(0)) if spec.has_write else (refs[0], refs[0])
+    places_ref = refs.pop(0) if spec.blocks.has_matrix_mix else None
     streams_ref, fn_ref, gain_ref, x_ref = (refs.pop(0) for _ in range(4))
     new_ref = refs.pop(0) if spec.has_write else streams_ref
     new_maps_ref = None if spec.is_head else refs.pop(0)
@@ -125,32 +120,47 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
     def lanes(stream: int, start: jax.Array, size: int = LANES) -> Any:
         return pl.ds(pl.multiple_of(stream * width + start, LANES), size)
 
-    if spec.has_write:
+    if spec.blocks.has_matrix_mix:
+        mixing.fill_matrices(maps_ref, places_ref, weights_ref)
+    elif spec.has_write:
         spread([maps_ref[i : i + 1] for i in range(count, count * (2 + count))], weights_ref)
 
-    def mix(start: jax.Array) -> None:
-        """Step 1 on the slab of columns from `start`."""
-
-        def block(t: jax.Array, _: None) -> None:
-            at = pl.ds(pl.multiple_of(t * step, step), step)
-            squares = square_ref[at]
+    def mix_on_matrix_unit(at: Any, start: jax.Array) -> None:
+        """Step 1 on the tile of tokens `at` in the slab of columns from `start`."""
+        rows = [out_ref[at, lanes(0, start, columns)]]
+        rows += [streams_ref[at, lanes(j, start, columns)] for j in range(count)]
+        mixed = mixing.mix_tile([weights_ref[k, at] for k in range(count)], rows)
+        squares = square_ref[at]
+        for k in range(count):
+            rounded = mixed[k * mixing.TILE : (k + 1) * mixing.TILE].astype(dtype)
+            new_ref[at, lanes(k, start, columns)] = rounded
+            wide = jnp.square(rounded.astype(jnp.float32))
             for lane in range(0, columns, LANES):
-                if not spec.has_write:
-                    for k in range(count):
-                        squares += jnp.square(streams_ref[at, lanes(k, start + lane)].astype(jnp.float32))
-                    continue
-                out = out_ref[at, lanes(0, start + lane)].astype(jnp.float32)
-                old = [streams_ref[at, lanes(j, start + lane)].astype(jnp.float32) for j in range(count)]
-                for k in range(count):
-                    new = weights_ref[k, at] * out
-                    for j in range(count):
-                        new = new + weights_ref[count + count * j + k, at] * old[j]
-                    rounded = new.astype(dtype)
-                    new_ref[at, lanes(k, start + lane)] = rounded
-                    squares += jnp.square(rounded.astype(jnp.float32))
-            square_ref[at] = squares
+                squares += wide[:, lane : lane + LANES]
+        square_ref[at] = squares
 
-        jax.lax.fori_loop(0, tokens // step, block, None, unroll=True)
+    def mix_on_vector_unit(at: Any, start: jax.Array) -> None:
+        squares = square_ref[at]
+        for lane in range(0, columns, LANES):
+            if not spec.has_write:
+                for k in range(count):
+                    squares += jnp.square(streams_ref[at, lanes(k, start + lane)].astype(jnp.float32))
+                continue
+            out = out_ref[at, lanes(0, start + lane)].astype(jnp.float32)
+            old = [streams_ref[at, lanes(j, start + lane)].astype(jnp.float32) for j in range(count)]
+            for k in range(count):
+                new = weights_ref[k, at] * out
+                for j in range(count):
+                    new = new + weights_ref[count + count * j + k, at] * old[j]
+                rounded = new.astype(dtype)
+                new_ref[at, lanes(k, start + lane)] = rounded
+                squares += jnp.square(rounded.astype(jnp.float32))
+        square_ref[at] = squares
+
+    def mix(start: jax.Array) -> None:
+        mix_tile = mix_on_matrix_unit if spec.blocks.has_matrix_mix else mix_on_vector_unit
+        for t in range(0, tokens, step):
+            mix_tile(pl.ds(t, step), start)
 
     square_ref[...] = jnp.zeros_like(square_ref)
     jax.lax.fori_loop(0, width // columns, lambda i, _: mix(i * columns), None)
@@ -263,9 +273,13 @@ def seam_forward(
         assert maps is not None
         operands += [
             pad_streams(out.reshape(total, width), 1, padded),
-            jnp.pad(maps.reshape(len(maps), total), ((0, 0), (0, on_lanes - total))),
+            jnp.pad(maps.reshape(len(maps), total), ((0, round_up(len(maps), 8) - len(maps)), (0, on_lanes - total))),
         ]
-        in_specs += [rows(padded), lanes(len(maps))]
+        in_specs += [rows(padded), lanes(round_up(len(maps), 8))]
+    if blocks.has_matrix_mix:
+        places = jnp.asarray(mixing.places(count), jnp.bfloat16)
+        operands.append(places)
+        in_specs.append(whole(*places.shape))
     operands += [
         pad_streams(streams.reshape(total, flat), count, padded),
         pad_streams(fn, count, padded),
@@ -281,6 +295,9 @@ def seam_forward(
         shapes.append(jax.ShapeDtypeStruct((spec.maps, on_lanes), jnp.float32))
         out_specs.append(lanes(spec.maps))
     parts = (3 * spec.fn_rows, count * padded) if streams.dtype == jnp.bfloat16 else (16, LANES)
+    weights = pltpu.VMEM((count * (count + 1), tokens, LANES), jnp.float32)
+    if blocks.has_matrix_mix:
+        weights = pltpu.VMEM((count, tokens, round_up(mixing.depth(count), LANES)), jnp.bfloat16)
     results = pl.pallas_call(
         functools.partial(_seam_kernel, spec),
         grid=(pl.cdiv(total, tokens),),
@@ -289,7 +306,7 @@ def seam_forward(
         out_shape=shapes,
         scratch_shapes=[
             pltpu.VMEM(parts, jnp.bfloat16),
-            pltpu.VMEM((count * (count + 1), tokens, LANES), jnp.float32),
+            weights,
             pltpu.VMEM((count, tokens, LANES), jnp.float32),
             pltpu.VMEM((tokens, LANES), jnp.float32),
         ],

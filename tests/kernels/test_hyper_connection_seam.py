@@ -9,9 +9,10 @@ import pytest
 import tolerances
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.hyper_connection import head, leave, read, seam, sharded_seam, unpack_maps, write
+from kernels_pallas.hyper_connection import head, kernel, leave, mixing, read, seam, sharded_seam, unpack_maps, write
 from kernels_pallas.hyper_connection.block_sizes import choose_blocks
 from kernels_pallas.tpu import chip_named
 
@@ -105,8 +106,18 @@ def test_tokens_beyond_a_block_keep_to_their_own_rows_in_every_sequence():
     assert_close(writing_rows(maps, 2), writing_rows(want_maps, 2))
 
 
-def test_bfloat16_streams_lose_nothing_but_their_own_rounding():
-    args = operands(1, 16, 4, 128, jnp.bfloat16, seed=4)
+@pytest.mark.parametrize(
+    ("chip", "batch", "length", "count", "width"),
+    # v6e mixes full tiles of tokens on the matrix unit, v5p and incomplete tiles on the vector unit.
+    [
+        ("v5p", 1, 16, 4, 128), ("v6e", 1, 16, 4, 256), ("v6e", 3, 16, 3, 120), ("v6e", 2, 8, 2, 128),
+        ("v6e", 3, 5, 4, 128),
+    ],
+)  # fmt: skip
+def test_bfloat16_streams_lose_nothing_but_their_own_rounding(monkeypatch, chip, batch, length, count, width):
+    monkeypatch.setattr(kernel, "current_chip", lambda: chip_named(chip))
+    args = list(operands(batch, length, count, width, jnp.bfloat16, seed=4))
+    args[2] = args[2].at[:count].set(jnp.nan)  # nobody may read the reading rows
     x, streams, maps = interpreted(run_seam, args, "pallas")
     want_x, want_streams, _ = run_seam(args, "reference")
     # The same float32 sums in another order: a value next to a rounding boundary may round the other way, rarely.
@@ -117,7 +128,22 @@ def test_bfloat16_streams_lose_nothing_but_their_own_rounding():
     assert error(x) <= tolerances.KERNEL_BFLOAT16_RATIO * error(want_x)
     # Maps of the very streams that came out: fn in three bf16 parts is exact.
     _, _, want_maps = run_seam((None, streams.astype(jnp.float32), None, *args[3:]), "reference")
-    assert_close(writing_rows(maps, 4), writing_rows(want_maps, 4))
+    assert_close(writing_rows(maps, count), writing_rows(want_maps, count))
+
+
+def test_a_product_on_the_matrix_unit_is_exact_to_float32():
+    rng = np.random.default_rng(0)
+    maps = jnp.asarray(rng.standard_normal((24, mixing.TILE)), jnp.float32)
+    rows = jnp.asarray(rng.standard_normal((5, mixing.TILE, 128)), jnp.bfloat16)
+    matrices = jnp.zeros((4, mixing.TILE, 256), jnp.bfloat16)
+    filled = pl.pallas_call(
+        mixing.fill_matrices, out_shape=jax.ShapeDtypeStruct(matrices.shape, matrices.dtype), interpret=True
+    )(maps, jnp.asarray(mixing.places(4), jnp.bfloat16))
+    mixed = mixing.mix_tile(list(filled), list(rows)).reshape(4, mixing.TILE, 128)
+    weights = np.asarray(maps[4:], np.float64).reshape(5, 4, mixing.TILE)
+    want = np.einsum("skt,std->ktd", weights, np.asarray(rows, np.float64))
+    # Five float32 products and their sum, of values up to about 16.
+    np.testing.assert_allclose(mixed, want, rtol=0, atol=16 * 5 * 2.0**-24)
 
 
 def test_the_kernels_gradient_equals_that_of_the_reference():
