@@ -311,12 +311,24 @@ def seam_forward(
             pltpu.VMEM((tokens, LANES), jnp.float32),
         ],
         compiler_params=compiler_params(chip, semantics=("arbitrary",), vmem_bytes=blocks.vmem_limit),
+        cost_estimate=_cost(spec, pl.cdiv(total, tokens), operands, shapes),
         name="hyper_connection_head" if is_head else "hyper_connection_seam",
     )(*operands)
     results = list(results)
     x = results.pop(0)[:, :width].reshape(batch, length, width)
     new = streams if out is None else unpad_streams(results.pop(0), count, width).reshape(streams.shape)
     return x, new, None if is_head else results.pop(0)[:, :total].reshape(spec.maps, batch, length)
+
+
+def _cost(spec: Spec, steps: int, operands: list[Any], results: list[Any]) -> pl.CostEstimate:
+    """Work of the whole grid: the products with `fn`, with the maps written and with those read, each counted once."""
+    tokens = steps * spec.blocks.tokens
+    per_value = spec.maps + (spec.streams + 1 if spec.has_write else 0) + 1
+    return pl.CostEstimate(
+        flops=2 * tokens * spec.streams * round_up(spec.width, LANES) * per_value,
+        transcendentals=tokens * (spec.maps + 2 * spec.streams * spec.iterations),
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*operands, *results)),
+    )
 
 
 def pad_streams(x: jax.Array, count: int, padded: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """The seam kernels, interpreted as a TPU would run them, against the reference; the sublayers' order around them."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,19 @@ def test_leaving_is_a_write_then_the_head_mix_then_a_norm(name):
     want = head(apart, fn, base, scale, **LEAVE)
     assert_close(new, apart.reshape(new.shape))
     assert_close(x, want / np.sqrt(np.mean(np.square(want), -1, keepdims=True) + 1e-6) * gain)
+
+
+def test_the_cost_is_that_of_all_blocks():
+    args = operands(1, 300, 2, 128, jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda *args: run_seam(args, "pallas"))(*args))
+    steps, block = 2, 256
+    assert f"grid=({steps},)" in text
+    flops = 2 * steps * block * 2 * 128 * (8 + 3 + 1)  # fn's rows, output and streams of each new one, the reading
+    size = 300 * 128 * 2 * (2 * 2 + 2)  # streams twice, out and x
+    cost = re.search(r"CostEstimate\(flops=(\d+), transcendentals=\d+, bytes_accessed=(\d+)", text)
+    assert cost is not None
+    assert int(cost[1]) == flops
+    assert size < int(cost[2]) < 1.2 * size
 
 
 def test_on_a_mesh_every_device_keeps_to_its_rows():
