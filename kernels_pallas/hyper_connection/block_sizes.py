@@ -31,7 +31,10 @@ def choose_blocks(
       ValueError: not even one vector register of tokens fits; says how many bytes it needs.
     """
     padded = round_up(width, LANES)
-    columns = next(size for size in (256, 128) if padded % size == 0)
+    has_matrix_mix = has_write and _fills_matrix_unit(chip, total, count, dtype)
+    # The matrix unit loads the next tile of a product while it multiplies by this one only where a product has two.
+    widest = 512 if has_matrix_mix else 256
+    columns = next(size for size in (widest, 256, 128) if padded % size == 0)
     step = sublanes(dtype)
     whole = round_up(total, step)
     sizes = [size for size in (256, 128) if size <= round_up(total, LANES)]
@@ -41,7 +44,7 @@ def choose_blocks(
         needed = vmem_bytes(tokens, count, padded, dtype, has_write=has_write, is_head=is_head)
         if needed <= vmem_budget(chip):
             limit = min(needed + needed // 4 + (4 << 20), vmem_budget(chip))
-            return Blocks(tokens, columns, limit, has_write and _fills_matrix_unit(chip, total, count, dtype))
+            return Blocks(tokens, columns, limit, has_matrix_mix)
     check_vmem(
         f"hyper_connection: {count} streams × {width} {jnp.dtype(dtype).name}, blocks of {tokens} tokens",
         vmem_bytes(tokens, count, padded, dtype, has_write=has_write, is_head=is_head),
