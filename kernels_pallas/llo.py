@@ -7,7 +7,7 @@ from pathlib import Path
 
 _ESTIMATE = re.compile(r"hlo_op_estimate \{(.*?)\n\}", re.DOTALL)
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+([A-Z ]*):\s*((?:>\s*)*)\{(.*)")
-_EXIT_TEST = re.compile(r"%(p\d+)_p\d+ = scmp\.\w+\.s32\.totalorder %\S+, (\d+) /\* loop exit test")
+_EXIT_TEST = re.compile(r"%(p\d+)_p\d+ = scmp\.\w+\.s32\.totalorder (?:\(%p\w+\), )?%\S+, (\d+) /\* loop exit test")
 _BRANCH = re.compile(r"sbr\.rel \(!?%(p\d+)_p\d+\)")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.cases import Case, Figure, Model
 from kernels_pallas.hyper_connection import pallas
+from kernels_pallas.hyper_connection.cases_bwd import BACKWARD_CASES
 
 _SETTINGS: dict[str, Any] = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 _BEST = {
@@ -93,6 +94,7 @@ def _case(
 
 
 CASES = (
+    *BACKWARD_CASES,
     _case("seam", "flash", 2048, 4, 4096, judged=True, in_ci=True),
     _case("seam", "pro", 2048, 4, 7168, judged=True),
     _case("seam", "flash", 1, 4, 4096, batch=64),

@@ -1,6 +1,8 @@
 """The kernels as differentiable functions of flattened streams.
 
-Forward is one kernel per seam. The derivative recomputes the seam from its inputs, so that nothing but those is kept.
+One kernel per seam each way. The derivative makes gates and Sinkhorn rounds again, so that nothing is kept but the
+seam's inputs and the streams that it wrote: those the next seam keeps as its own input anyway, and reading them costs
+less than mixing them again.
 """
 
 import functools
@@ -9,8 +11,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas.hyper_connection import reference
 from kernels_pallas.hyper_connection.kernel import seam_forward
+from kernels_pallas.hyper_connection.kernel_bwd import seam_backward
 
 
 def seam(
@@ -54,12 +56,17 @@ def _seam(variant: str, settings: tuple[tuple[str, Any], ...], operands: tuple[A
 
 
 def _forward(variant: str, settings: Any, operands: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    return _seam(variant, settings, operands), operands
+    results: Any = _seam(variant, settings, operands)
+    return results, (operands, results[1])
 
 
-def _backward(variant: str, settings: Any, operands: tuple[Any, ...], cotangents: Any) -> tuple[Any]:
-    function = functools.partial(getattr(reference, variant), **dict(settings))
-    return (jax.vjp(function, *operands)[1](cotangents),)
+def _backward(variant: str, settings: Any, saved: tuple[Any, ...], cotangents: Any) -> tuple[Any]:
+    (out, streams, maps, fn, base, scale, gain), new = saved
+    is_head = variant == "leave"
+    d_x, d_new, d_maps = (*cotangents, None) if is_head else cotangents
+    options: dict[str, Any] = {"iterations": 0} | dict(settings)
+    given = (out, streams, maps, new, fn, base, scale, gain, d_x, d_new, d_maps)
+    return (seam_backward(*given, is_head=is_head, **options),)
 
 
 _seam.defvjp(_forward, _backward)

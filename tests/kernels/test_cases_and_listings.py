@@ -28,6 +28,10 @@ def test_bundles_are_counted_with_the_trips_of_their_loops():
     assert llo.count_bundles(LISTING) == 2 + 3 * (5 + 4 * 4)
 
 
+def test_an_exit_test_under_a_predicate_gives_its_trips_too():
+    assert llo.count_bundles(LISTING.replace("%s3_s1, 4 /* loop", "(%p4_p9), %s3_s1, 4 /* loop")) == 2 + 3 * (5 + 4 * 4)
+
+
 def test_a_trip_count_that_the_listing_lacks_leaves_no_figure():
     assert llo.count_bundles(LISTING.replace("%s3_s1, 4 /* loop", "%s3_s1, %s4_s2 /* loop")) is None
 

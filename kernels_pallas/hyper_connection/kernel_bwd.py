@@ -1,0 +1,387 @@
+"""Backward kernel of the seam: every gradient in one pass over the residual streams, gates and rounds made again.
+
+It reads what the forward kernel read, and the streams that one wrote, which the next seam keeps as its own input
+anyway. A grid step holds `tokens` tokens of all streams in VMEM:
+
+1. Sums of squares of the written streams X', projection fn · X'ᵀ as in the forward kernel, gates; the Sinkhorn rounds
+   are recorded (`sinkhorn_bwd`).
+2. With g = dx · gain and w = Σ_i pre_i · X'_i, the sums over columns A_i = Σ g · X'_i and B_i = Σ w · X'_i give those
+   of the norm, Σ w² = Σ_i pre_i · B_i and Σ g · w = Σ_i pre_i · A_i, and the gates' cotangents.
+3. Back through gates and rounds on [1, tokens] rows, to the cotangent dy of the projection.
+4. Slab of columns by slab: dyᵀ · fn and the gradient dy · X' on the matrix unit; then on the vector unit, in float32,
+   dX'_k = d_new_k + pre_k · dw + (dyᵀ · fn)_k − X'_k · q (q: the share of the RMS), the cotangents of what was written,
+   d_out = Σ_k post_k · dX'_k and d_old_j = Σ_k comb[j, k] · dX'_k, and their weights' sums over columns.
+
+Sums over tokens (of fn, base, scale, gain) stay in VMEM for the whole grid. Rows behind the last token are cleared
+first: their cotangents are 0 then, so that they add nothing.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.hyper_connection import sinkhorn_bwd
+from kernels_pallas.hyper_connection.block_sizes_bwd import choose_backward_blocks
+from kernels_pallas.hyper_connection.kernel import Spec, pad_streams, split_bf16, spread, unpad_streams
+from kernels_pallas.tpu import LANES, cdiv, compiler_params, current_chip, round_up, sublanes
+
+_ROWS = (((1,), (1,)), ((), ()))
+"""Contracts the last dimensions: rows × rows."""
+_PLAIN = (((1,), (0,)), ((), ()))
+
+
+def _dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _sum(terms: Any) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
+
+
+def _lane_sums(values: list[jax.Array]) -> jax.Array:
+    """The sum over lanes of values[i] ([rows, 128]) in lane i."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 1)
+    return _sum(jnp.where(lane == i, jnp.sum(v, axis=1, keepdims=True), 0.0) for i, v in enumerate(values))
+
+
+def _clear_rows(ref: Any, first: int) -> None:
+    """Zeros from a row on; the tile that it lies in is rewritten whole."""
+    step = sublanes(ref.dtype)
+    tile = first // step * step
+    if first > tile:
+        row = jax.lax.broadcasted_iota(jnp.int32, (step, ref.shape[1]), 0)
+        kept = ref[tile : tile + step].astype(jnp.float32)
+        ref[tile : tile + step] = jnp.where(row < first - tile, kept, 0.0).astype(ref.dtype)
+        tile += step
+    if tile < ref.shape[0]:
+        ref[tile:] = jnp.zeros((ref.shape[0] - tile, ref.shape[1]), ref.dtype)
+
+
+def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
+    """The grid step.
+
+    refs: scale [3 or 1] and base [M] in SMEM; with a write out [tokens, D], maps [M, tokens] and old streams
+    [tokens, C · D]; the written streams, d(x) [tokens, D], d(new streams), unless of the head d(new maps), fn
+    [rows, C · D], gain [1, D]. Results: with a write d(out) and d(maps); d(streams), d(fn), [2 · rows, tokens] sums of
+    d(gates) and of d(gates) × what scale multiplies, d(gain). Scratch as `seam_backward` lists it.
+    """
+    waiting = iter(all_refs)
+    scale_ref, base_ref = next(waiting), next(waiting)
+    out_ref, maps_ref, old_ref = (next(waiting) if spec.has_write else None for _ in range(3))
+    new_ref, dx_ref, d_new_ref = (next(waiting) for _ in range(3))
+    d_new_maps_ref = None if spec.is_head else next(waiting)
+    fn_ref, gain_ref = next(waiting), next(waiting)
+    d_out_ref, d_maps_ref = (next(waiting) if spec.has_write else None for _ in range(2))
+    d_streams_ref, d_fn_ref, d_rows_ref, d_gain_ref = (next(waiting) for _ in range(4))
+    columns_ref, weights_ref, sums_ref, through_ref, left_ref, right_ref, *rest = waiting
+    parts_ref = rest.pop(0) if new_ref.dtype == jnp.bfloat16 else None
+    rounds_ref = None if spec.is_head else rest.pop(0)
+    count, rows, tokens, columns = spec.streams, spec.fn_rows, spec.blocks.tokens, spec.blocks.columns
+    width = gain_ref.shape[-1]
+    dtype = new_ref.dtype
+    step = sublanes(dtype)
+    pre_at, norm_at, out_at = 0, count, count + 3  # in weights: pre; rho, pull, q; then post and comb
+
+    def lanes(stream: int, start: Any, size: int = LANES) -> Any:
+        return pl.ds(pl.multiple_of(stream * width + start, LANES), size)
+
+    def wide(ref: Any, at: Any, stream: int, start: Any) -> jax.Array:
+        return ref[at, lanes(stream, start)].astype(jnp.float32)
+
+    def each_block(body: Any, state: Any = None) -> Any:
+        return jax.lax.fori_loop(
+            0, tokens // step, lambda t, carried: body(pl.ds(pl.multiple_of(t * step, step), step), carried), state
+        )
+
+    def each_tile(body: Any, state: Any) -> Any:
+        return jax.lax.fori_loop(0, width // LANES, lambda c, carried: body(c * LANES, carried), state, unroll=True)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _() -> None:
+        for ref in (d_fn_ref, d_rows_ref, d_gain_ref):
+            ref[...] = jnp.zeros_like(ref)
+        if parts_ref is not None:
+            high, middle, low = split_bf16(fn_ref[...])
+            for part, value in enumerate((high, middle, low, high)):
+                parts_ref[part * rows : (part + 1) * rows] = value
+
+    if total % tokens:
+
+        @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
+        def _() -> None:
+            for ref in (out_ref, old_ref, new_ref, dx_ref, d_new_ref):
+                if ref is not None:
+                    _clear_rows(ref, total % tokens)
+
+    # 1. Squares, projection, gates.
+    zero = jnp.zeros((step, LANES), jnp.float32)
+
+    def squares(at: Any, _: None) -> None:
+        def tile(start: Any, found: jax.Array) -> jax.Array:
+            return found + _sum(jnp.square(wide(new_ref, at, k, start)) for k in range(count))
+
+        columns_ref[at] = _lane_sums([each_tile(tile, zero)])
+
+    each_block(squares)
+    inverse = jax.lax.rsqrt(jnp.transpose(columns_ref[...])[:1] / (count * spec.width) + spec.norm_eps)
+    fn_source = fn_ref if parts_ref is None else parts_ref
+    exact = rows if parts_ref is None else 3 * rows
+    product = _sum(
+        _dot(fn_source[:exact, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width], _ROWS)
+        for k in range(count)
+    )
+    if parts_ref is not None:
+        product = (product[2 * rows :] + product[rows : 2 * rows]) + product[:rows]
+    scales = [scale_ref[0 if i < count else 1 if i < 2 * count else 2] for i in range(spec.maps)]
+    scaled = [product[i : i + 1] * inverse for i in range(spec.maps)]
+    gates = [scaled[i] * scales[i] + base_ref[i] for i in range(spec.maps)]
+    read = [jax.nn.sigmoid(gates[i]) for i in range(count)]
+    pre = [gate + spec.eps for gate in read]
+    spread(pre, weights_ref.at[pre_at:norm_at])
+    if rounds_ref is not None:
+        logits = [gates[count * (2 + j) : count * (3 + j)] for j in range(count)]
+        sinkhorn_bwd.record(logits, rounds_ref, spec.iterations, spec.eps)
+
+    # 2. The collapse and its norm.
+    def collapsed(weights: list[jax.Array], new: list[jax.Array]) -> jax.Array:
+        return _sum(weight * x for weight, x in zip(weights, new, strict=True))
+
+    def collapse(at: Any, _: None) -> None:
+        weights = [weights_ref[pre_at + i, at] for i in range(count)]
+
+        def tile(start: Any, found: list[jax.Array]) -> list[jax.Array]:
+            new = [wide(new_ref, at, k, start) for k in range(count)]
+            g = wide(dx_ref, at, 0, start) * gain_ref[:, lanes(0, start)]
+            w = collapsed(weights, new)
+            return [
+                total + factor * x for total, factor, x in zip(found, [g] * count + [w] * count, new * 2, strict=True)
+            ]
+
+        columns_ref[at] = _lane_sums(each_tile(tile, [zero] * (2 * count)))
+
+    each_block(collapse)
+    turned = jnp.transpose(columns_ref[...])
+    by_g, by_w = ([turned[i : i + 1] for i in range(k, k + count)] for k in (0, count))
+    rho = jax.lax.rsqrt(_sum(p * b for p, b in zip(pre, by_w, strict=True)) / spec.width + spec.norm_eps)
+    pull = rho * rho * rho * _sum(p * a for p, a in zip(pre, by_g, strict=True)) / spec.width
+
+    # 3. Gates and rounds.
+    d_gates = [(rho * by_g[i] - pull * by_w[i]) * read[i] * (1 - read[i]) for i in range(count)]
+    if d_new_maps_ref is not None:
+        assert rounds_ref is not None
+        for i in range(count, 2 * count):
+            gate = jax.nn.sigmoid(gates[i])
+            d_gates.append(2 * d_new_maps_ref[i : i + 1] * gate * (1 - gate))
+        d_comb = [
+            [d_new_maps_ref[i : i + 1] for i in range(count * (2 + j), count * (3 + j))] for j in range(count)
+        ]  # fmt: skip
+        d_gates += [d for row in sinkhorn_bwd.differentiate(d_comb, rounds_ref, spec.iterations) for d in row]
+    for i in range(spec.maps):
+        d_rows_ref[i : i + 1] += d_gates[i]
+        d_rows_ref[rows + i : rows + i + 1] += d_gates[i] * scaled[i]
+    d_scaled = [d * scale for d, scale in zip(d_gates, scales, strict=True)]
+    share = inverse * inverse / (count * spec.width) * _sum(d * y for d, y in zip(d_scaled, scaled, strict=True))
+    spread([rho, pull, share], weights_ref.at[norm_at:out_at])
+    if maps_ref is not None:
+        spread([maps_ref[i : i + 1] for i in range(count, count * (2 + count))], weights_ref.at[out_at:])
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+    dy = jnp.concatenate([d * inverse for d in d_scaled] + [jnp.zeros_like(rho)] * (rows - spec.maps), axis=0)
+    if parts_ref is None:
+        left_ref[...] = jnp.transpose(dy)
+        right_ref[...] = dy
+    else:
+        high, middle, low = (part.astype(jnp.float32) for part in split_bf16(dy))
+        # Against fn's high, middle, low, high: what is left out is below 2^-16 of the product.
+        left_ref[...] = jnp.transpose(jnp.concatenate([high, high, high, middle], axis=0)).astype(dtype)
+        right_ref[...] = jnp.concatenate([high, middle, low], axis=0).astype(dtype)
+
+    # 4. Columns.
+    def slab(start: Any) -> None:
+        for k in range(count):
+            at = lanes(k, start, columns)
+            through_ref[k] = _dot(left_ref[...], fn_source[:, at], _PLAIN)
+            d_fn = _dot(right_ref[...], new_ref[:, at], _PLAIN)
+            if parts_ref is not None:
+                d_fn = (d_fn[2 * rows :] + d_fn[rows : 2 * rows]) + d_fn[:rows]
+            d_fn_ref[:, at] += d_fn
+        d_gain = each_block(functools.partial(block, start), [zero] * (columns // LANES))
+        for i, value in enumerate(d_gain):
+            d_gain_ref[:, lanes(0, start + i * LANES)] += jnp.sum(value, axis=0, keepdims=True)
+
+    def block(start: Any, at: Any, d_gain: list[jax.Array]) -> list[jax.Array]:
+        return [value + tile(start, lane * LANES, at) for lane, value in enumerate(d_gain)]
+
+    def tile(slab_start: Any, lane: int, at: Any) -> jax.Array:
+        """One tile of all streams; gives its rows' share of d(gain)."""
+        start = slab_start + lane
+        rho, pull, share = (weights_ref[norm_at + i, at] for i in range(3))
+        weights = [weights_ref[pre_at + k, at] for k in range(count)]
+        new = [wide(new_ref, at, k, start) for k in range(count)]
+        dx = wide(dx_ref, at, 0, start)
+        w = collapsed(weights, new)
+        normed = rho * w
+        dw = rho * (dx * gain_ref[:, lanes(0, start)]) - pull * w
+        d_new = []
+        for k in range(count):
+            through = through_ref[k, at, lane : lane + LANES] - share * new[k]
+            d_new.append((wide(d_new_ref, at, k, start) + weights[k] * dw) + through)
+        if out_ref is None or old_ref is None or d_out_ref is None:
+            for k in range(count):
+                d_streams_ref[at, lanes(k, start)] = d_new[k].astype(dtype)
+            return dx * normed
+        for j in range(-1, count):
+            source, target, stream = (out_ref, d_out_ref, 0) if j < 0 else (old_ref, d_streams_ref, j)
+            old = wide(source, at, stream, start)
+            here = [count * (1 + j) + k for k in range(count)]  # post's, then comb's rows
+            target[at, lanes(stream, start)] = _sum(
+                weights_ref[out_at + i, at] * d for i, d in zip(here, d_new, strict=True)
+            ).astype(dtype)
+            for i, d in zip(here, d_new, strict=True):
+                sums_ref[i, at] += old * d
+        return dx * normed
+
+    jax.lax.fori_loop(0, width // columns, lambda i, _: slab(i * columns), None)
+    if d_maps_ref is not None:
+
+        def weight_sums(at: Any, _: None) -> None:
+            columns_ref[at] = _lane_sums([sums_ref[i, at] for i in range(count * (count + 1))])
+
+        each_block(weight_sums)
+        d_maps_ref[:count] = jnp.zeros((count, tokens), jnp.float32)
+        d_maps_ref[count:] = jnp.transpose(columns_ref[...])[: count * (count + 1)]
+
+
+def seam_backward(
+    out: jax.Array | None,
+    streams: jax.Array,
+    maps: jax.Array | None,
+    new: jax.Array,
+    fn: jax.Array,
+    base: jax.Array,
+    scale: jax.Array,
+    gain: jax.Array,
+    d_x: jax.Array,
+    d_new: jax.Array,
+    d_new_maps: jax.Array | None,
+    *,
+    is_head: bool,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Any, ...]:
+    """Cotangents of out, streams, maps, fn, base, scale and gain, in their dtypes; None where there is no operand.
+
+    Args:
+      out, streams, maps, fn, base, scale, gain: as `kernel.seam_forward` has them.
+      new: the streams that it gave, the same as `streams` where nothing was written.
+      d_x, d_new, d_new_maps: cotangents of its results; None for the maps of the head.
+
+    Raises:
+      ValueError: not even one tile of tokens fits into VMEM.
+    """
+    batch, length, flat = streams.shape
+    total, width = batch * length, gain.shape[0]
+    count = flat // width
+    chip = current_chip()
+    blocks = choose_backward_blocks(
+        chip, total, count, width, streams.dtype, iterations=iterations, has_write=out is not None, is_head=is_head
+    )
+    spec = Spec(count, width, out is not None, is_head, iterations, eps, norm_eps, blocks)
+    padded, tokens, rows = round_up(width, LANES), blocks.tokens, spec.fn_rows
+    grid = cdiv(total, tokens)
+
+    def deep(x: jax.Array) -> jax.Array:
+        return pad_streams(x.reshape(total, -1), x.shape[-1] // width, padded)
+
+    def by_block(x: jax.Array) -> jax.Array:
+        """[M, B, S] → [blocks, M, tokens]: any block size is whole then."""
+        x = jnp.pad(x.reshape(len(x), total), ((0, 0), (0, grid * tokens - total)))
+        return jnp.moveaxis(x.reshape(len(x), grid, tokens), 1, 0)
+
+    def deep_block(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((tokens, size), lambda t: (t, 0))
+
+    def whole(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda t: (0,) * len(shape))
+
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    maps_block = pl.BlockSpec((None, count * (2 + count), tokens), lambda t: (t, 0, 0))
+    operands: list[Any] = [scale, base]
+    in_specs: list[Any] = [scalars, scalars]
+    out_specs: list[Any] = []
+    shapes: list[Any] = []
+    if out is not None:
+        assert maps is not None
+        operands += [deep(out), by_block(maps), deep(streams)]
+        in_specs += [deep_block(padded), maps_block, deep_block(count * padded)]
+        out_specs += [deep_block(padded), maps_block]
+        shapes.append(jax.ShapeDtypeStruct((total, padded), out.dtype))
+        shapes.append(jax.ShapeDtypeStruct((grid, len(maps), tokens), jnp.float32))
+    operands += [deep(new), deep(d_x), deep(d_new)]
+    in_specs += [deep_block(count * padded), deep_block(padded), deep_block(count * padded)]
+    if d_new_maps is not None:
+        operands.append(by_block(d_new_maps))
+        in_specs.append(maps_block)
+    operands += [
+        jnp.pad(pad_streams(fn, count, padded), ((0, rows - spec.maps), (0, 0))),
+        pad_streams(gain[None], 1, padded),
+    ]
+    in_specs += [whole(rows, count * padded), whole(1, padded)]
+    sums = [(rows, count * padded), (2 * rows, tokens), (1, padded)]
+    out_specs += [deep_block(count * padded), *(whole(*shape) for shape in sums)]
+    shapes.append(jax.ShapeDtypeStruct((total, count * padded), streams.dtype))
+    shapes += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums]
+
+    is_split = streams.dtype == jnp.bfloat16
+    scratch = [
+        pltpu.VMEM((tokens, LANES), jnp.float32),  # sums over columns, one per lane
+        pltpu.VMEM((count * (count + 2) + 3, tokens, LANES), jnp.float32),  # a weight in all lanes of its token
+        pltpu.VMEM((count * (count + 1), tokens, LANES), jnp.float32),  # partial sums of d(post), d(comb)
+        pltpu.VMEM((count, tokens, blocks.columns), jnp.float32),  # dyᵀ · fn
+        pltpu.VMEM((tokens, 4 * rows if is_split else rows), streams.dtype),  # dyᵀ
+        pltpu.VMEM((3 * rows if is_split else rows, tokens), streams.dtype),  # dy
+    ]
+    if is_split:
+        scratch.append(pltpu.VMEM((4 * rows, count * padded), jnp.bfloat16))  # fn
+    if not is_head:
+        scratch.append(pltpu.VMEM(sinkhorn_bwd.record_shape(count, iterations, tokens), jnp.float32))
+    passes = 10 if is_split else 3  # products with fn's rows; beside them some 25 operations per pair of streams
+    positions = grid * tokens * count * padded
+    found = list(
+        pl.pallas_call(
+            functools.partial(_backward_kernel, spec, total),
+            grid=(grid,),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            out_shape=shapes,
+            scratch_shapes=scratch,
+            compiler_params=compiler_params(chip, semantics=("arbitrary",), vmem_bytes=blocks.vmem_limit),
+            cost_estimate=pl.CostEstimate(
+                flops=positions * (2 * passes * rows + 30 + (4 * (count + 1) if spec.has_write else 0)),
+                transcendentals=grid * tokens * (spec.maps + 2),
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*operands, *shapes]),
+            ),
+            name="hyper_connection_head_backward" if is_head else "hyper_connection_seam_backward",
+        )(*operands)
+    )
+    d_out, d_maps = None, None
+    if maps is not None:
+        d_out = found.pop(0)[:, :width].reshape(batch, length, width)
+        d_maps = jnp.moveaxis(found.pop(0), 0, 1).reshape(len(maps), -1)[:, :total].reshape(maps.shape)
+    d_streams, d_fn, by_token, d_gain = found
+    d_base, d_scaled = jnp.sum(by_token.reshape(2, rows, tokens)[:, : spec.maps], axis=-1)
+    groups = [(0, count)] if is_head else [(0, count), (count, 2 * count), (2 * count, spec.maps)]
+    return (
+        d_out,
+        unpad_streams(d_streams, count, width).reshape(streams.shape),
+        d_maps,
+        unpad_streams(d_fn[: spec.maps], count, width),
+        d_base,
+        jnp.stack([jnp.sum(d_scaled[begin:end]) for begin, end in groups]),
+        d_gain[0, :width],
+    )
