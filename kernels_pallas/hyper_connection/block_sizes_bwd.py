@@ -17,7 +17,7 @@ def choose_backward_blocks(
       ValueError: not even one tile of tokens fits; says how many bytes it needs.
     """
     padded = round_up(width, LANES)
-    columns = next(size for size in (256, 128) if padded % size == 0)
+    columns = next(size for size in (512, 256, 128) if padded % size == 0)
     step = sublanes(dtype)
     whole = round_up(total, step)
     needed = 0
@@ -57,7 +57,9 @@ def backward_vmem_bytes(
     blocks = 3 * deep + wide + maps + (deep + 2 * wide + 2 * maps if has_write else 0)
     whole = 2 * tile_bytes((rows, count * padded), "float32") + tile_bytes((2 * rows, tokens), "float32")
     spread = tile_bytes((tokens, LANES), "float32")
-    scratch = tile_bytes((count, tokens, columns), "float32") + spread * (2 * count * (count + 1) + count + 6)
+    # Partial sums of the vector unit, or weights and products of the matrix unit.
+    sums = max(count * (count + 1), 2 * (count + 1))
+    scratch = tile_bytes((count, tokens, columns), "float32") + spread * (count * (count + 1) + count + 6 + sums)
     if jnp.dtype(dtype) == jnp.bfloat16:
         scratch += tile_bytes((4 * rows, count * padded), "bfloat16")
     if not is_head:

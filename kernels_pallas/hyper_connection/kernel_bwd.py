@@ -9,8 +9,9 @@ anyway. A grid step holds `tokens` tokens of all streams in VMEM:
    of the norm, Σ w² = Σ_i pre_i · B_i and Σ g · w = Σ_i pre_i · A_i, and the gates' cotangents.
 3. Back through gates and rounds on [1, tokens] rows, to the cotangent dy of the projection.
 4. Slab of columns by slab: dyᵀ · fn and the gradient dy · X' on the matrix unit; then on the vector unit, in float32,
-   dX'_k = d_new_k + pre_k · dw + (dyᵀ · fn)_k − X'_k · q (q: the share of the RMS), the cotangents of what was written,
-   d_out = Σ_k post_k · dX'_k and d_old_j = Σ_k comb[j, k] · dX'_k, and their weights' sums over columns.
+   dX'_k = d_new_k + pre_k · dw + (dyᵀ · fn)_k − X'_k · q (q: the share of the RMS). Of what was written the cotangents
+   d_out = Σ_k post_k · dX'_k and d_old_j = Σ_k comb[j, k] · dX'_k, and their weights' sums over columns: on the matrix
+   unit in groups of tokens, for which dX' is rounded to bf16 (`mixing_bwd`), else on the vector unit.
 
 Sums over tokens (of fn, base, scale, gain) stay in VMEM for the whole grid. Rows behind the last token are cleared
 first: their cotangents are 0 then, so that they add nothing.
@@ -24,10 +25,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.hyper_connection import sinkhorn_bwd
+from kernels_pallas.hyper_connection import mixing_bwd, sinkhorn_bwd
 from kernels_pallas.hyper_connection.block_sizes_bwd import choose_backward_blocks
 from kernels_pallas.hyper_connection.kernel import Spec, pad_streams, split_bf16, spread, unpad_streams
-from kernels_pallas.tpu import LANES, cdiv, compiler_params, current_chip, round_up, sublanes
+from kernels_pallas.hyper_connection.sums import clear_rows, fold_rows, lane_sums, sum_of
+from kernels_pallas.tpu import LANES, SUBLANES, cdiv, compiler_params, current_chip, round_up, sublanes
 
 _ROWS = (((1,), (1,)), ((), ()))
 """Contracts the last dimensions: rows × rows."""
@@ -39,36 +41,13 @@ def _dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _sum(terms: Any) -> jax.Array:
-    return functools.reduce(jnp.add, terms)
-
-
-def _lane_sums(values: list[jax.Array]) -> jax.Array:
-    """The sum over lanes of values[i] ([rows, 128]) in lane i."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 1)
-    return _sum(jnp.where(lane == i, jnp.sum(v, axis=1, keepdims=True), 0.0) for i, v in enumerate(values))
-
-
-def _clear_rows(ref: Any, first: int) -> None:
-    """Zeros from a row on; the tile that it lies in is rewritten whole."""
-    step = sublanes(ref.dtype)
-    tile = first // step * step
-    if first > tile:
-        row = jax.lax.broadcasted_iota(jnp.int32, (step, ref.shape[1]), 0)
-        kept = ref[tile : tile + step].astype(jnp.float32)
-        ref[tile : tile + step] = jnp.where(row < first - tile, kept, 0.0).astype(ref.dtype)
-        tile += step
-    if tile < ref.shape[0]:
-        ref[tile:] = jnp.zeros((ref.shape[0] - tile, ref.shape[1]), ref.dtype)
-
-
 def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
     """The grid step.
 
     refs: scale [3 or 1] and base [M] in SMEM; with a write out [tokens, D], maps [M, tokens] and old streams
     [tokens, C · D]; the written streams, d(x) [tokens, D], d(new streams), unless of the head d(new maps), fn
-    [rows, C · D], gain [1, D]. Results: with a write d(out) and d(maps); d(streams), d(fn), [2 · rows, tokens] sums of
-    d(gates) and of d(gates) × what scale multiplies, d(gain). Scratch as `seam_backward` lists it.
+    [rows, C · D], gain [1, D]. Results: with a write d(out) and d(post, comb); d(streams), d(fn), [2 · rows, tokens]
+    sums of d(gates) and of d(gates) × what scale multiplies, d(gain). Scratch as `seam_backward` lists it.
     """
     waiting = iter(all_refs)
     scale_ref, base_ref = next(waiting), next(waiting)
@@ -81,6 +60,9 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
     columns_ref, weights_ref, sums_ref, through_ref, left_ref, right_ref, *rest = waiting
     parts_ref = rest.pop(0) if new_ref.dtype == jnp.bfloat16 else None
     rounds_ref = None if spec.is_head else rest.pop(0)
+    matrix_ref = rest.pop(0) if rest else None
+    written = [(out_ref, d_out_ref, 0), *((old_ref, d_streams_ref, j) for j in range(spec.streams))]
+    size = mixing_bwd.group_tokens(spec.streams, spec.blocks.tokens, new_ref.dtype) or 0
     count, rows, tokens, columns = spec.streams, spec.fn_rows, spec.blocks.tokens, spec.blocks.columns
     width = gain_ref.shape[-1]
     dtype = new_ref.dtype
@@ -97,6 +79,17 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
         return jax.lax.fori_loop(
             0, tokens // step, lambda t, carried: body(pl.ds(pl.multiple_of(t * step, step), step), carried), state
         )
+
+    def each_group(body: Any, state: Any = None) -> Any:
+        def group(t: jax.Array, carried: Any) -> Any:
+            return body(pl.ds(pl.multiple_of(t * size, size), size), carried, group=t)
+
+        return jax.lax.fori_loop(0, tokens // size, group, state, unroll=True)
+
+    def fill_group(at: Any, _: None, group: Any) -> None:
+        assert matrix_ref is not None
+        weights = [[weights_ref[out_at + count * j + k, at] for k in range(count)] for j in range(count + 1)]
+        mixing_bwd.fill_weights(matrix_ref.at[group], weights)
 
     def each_tile(body: Any, state: Any) -> Any:
         return jax.lax.fori_loop(0, width // LANES, lambda c, carried: body(c * LANES, carried), state, unroll=True)
@@ -116,22 +109,22 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
         def _() -> None:
             for ref in (out_ref, old_ref, new_ref, dx_ref, d_new_ref):
                 if ref is not None:
-                    _clear_rows(ref, total % tokens)
+                    clear_rows(ref, total % tokens)
 
     # 1. Squares, projection, gates.
     zero = jnp.zeros((step, LANES), jnp.float32)
 
     def squares(at: Any, _: None) -> None:
         def tile(start: Any, found: jax.Array) -> jax.Array:
-            return found + _sum(jnp.square(wide(new_ref, at, k, start)) for k in range(count))
+            return found + sum_of(jnp.square(wide(new_ref, at, k, start)) for k in range(count))
 
-        columns_ref[at] = _lane_sums([each_tile(tile, zero)])
+        columns_ref[at] = lane_sums([each_tile(tile, zero)])
 
     each_block(squares)
     inverse = jax.lax.rsqrt(jnp.transpose(columns_ref[...])[:1] / (count * spec.width) + spec.norm_eps)
     fn_source = fn_ref if parts_ref is None else parts_ref
     exact = rows if parts_ref is None else 3 * rows
-    product = _sum(
+    product = sum_of(
         _dot(fn_source[:exact, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width], _ROWS)
         for k in range(count)
     )
@@ -149,7 +142,7 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
 
     # 2. The collapse and its norm.
     def collapsed(weights: list[jax.Array], new: list[jax.Array]) -> jax.Array:
-        return _sum(weight * x for weight, x in zip(weights, new, strict=True))
+        return sum_of(weight * x for weight, x in zip(weights, new, strict=True))
 
     def collapse(at: Any, _: None) -> None:
         weights = [weights_ref[pre_at + i, at] for i in range(count)]
@@ -162,13 +155,13 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
                 total + factor * x for total, factor, x in zip(found, [g] * count + [w] * count, new * 2, strict=True)
             ]
 
-        columns_ref[at] = _lane_sums(each_tile(tile, [zero] * (2 * count)))
+        columns_ref[at] = lane_sums(each_tile(tile, [zero] * (2 * count)))
 
     each_block(collapse)
     turned = jnp.transpose(columns_ref[...])
     by_g, by_w = ([turned[i : i + 1] for i in range(k, k + count)] for k in (0, count))
-    rho = jax.lax.rsqrt(_sum(p * b for p, b in zip(pre, by_w, strict=True)) / spec.width + spec.norm_eps)
-    pull = rho * rho * rho * _sum(p * a for p, a in zip(pre, by_g, strict=True)) / spec.width
+    rho = jax.lax.rsqrt(sum_of(p * b for p, b in zip(pre, by_w, strict=True)) / spec.width + spec.norm_eps)
+    pull = rho * rho * rho * sum_of(p * a for p, a in zip(pre, by_g, strict=True)) / spec.width
 
     # 3. Gates and rounds.
     d_gates = [(rho * by_g[i] - pull * by_w[i]) * read[i] * (1 - read[i]) for i in range(count)]
@@ -185,11 +178,13 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
         d_rows_ref[i : i + 1] += d_gates[i]
         d_rows_ref[rows + i : rows + i + 1] += d_gates[i] * scaled[i]
     d_scaled = [d * scale for d, scale in zip(d_gates, scales, strict=True)]
-    share = inverse * inverse / (count * spec.width) * _sum(d * y for d, y in zip(d_scaled, scaled, strict=True))
+    share = inverse * inverse / (count * spec.width) * sum_of(d * y for d, y in zip(d_scaled, scaled, strict=True))
     spread([rho, pull, share], weights_ref.at[norm_at:out_at])
     if maps_ref is not None:
         spread([maps_ref[i : i + 1] for i in range(count, count * (2 + count))], weights_ref.at[out_at:])
         sums_ref[...] = jnp.zeros_like(sums_ref)
+        if matrix_ref is not None:
+            each_group(fill_group)
     dy = jnp.concatenate([d * inverse for d in d_scaled] + [jnp.zeros_like(rho)] * (rows - spec.maps), axis=0)
     if parts_ref is None:
         left_ref[...] = jnp.transpose(dy)
@@ -209,51 +204,76 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
             if parts_ref is not None:
                 d_fn = (d_fn[2 * rows :] + d_fn[rows : 2 * rows]) + d_fn[:rows]
             d_fn_ref[:, at] += d_fn
-        d_gain = each_block(functools.partial(block, start), [zero] * (columns // LANES))
+        body, each = (by_vector, each_block) if matrix_ref is None else (by_matrix, each_group)
+        zeros = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * (columns // LANES)
+        d_gain = each(functools.partial(body, start), zeros)
         for i, value in enumerate(d_gain):
             d_gain_ref[:, lanes(0, start + i * LANES)] += jnp.sum(value, axis=0, keepdims=True)
 
-    def block(start: Any, at: Any, d_gain: list[jax.Array]) -> list[jax.Array]:
-        return [value + tile(start, lane * LANES, at) for lane, value in enumerate(d_gain)]
-
-    def tile(slab_start: Any, lane: int, at: Any) -> jax.Array:
-        """One tile of all streams; gives its rows' share of d(gain)."""
+    def cotangents(slab_start: Any, lane: int, at: Any) -> tuple[list[jax.Array], jax.Array]:
+        """The cotangents X' of a tile of every stream, and dx · w / RMS, whose sum over tokens is d(gain)."""
         start = slab_start + lane
         rho, pull, share = (weights_ref[norm_at + i, at] for i in range(3))
         weights = [weights_ref[pre_at + k, at] for k in range(count)]
         new = [wide(new_ref, at, k, start) for k in range(count)]
         dx = wide(dx_ref, at, 0, start)
         w = collapsed(weights, new)
-        normed = rho * w
         dw = rho * (dx * gain_ref[:, lanes(0, start)]) - pull * w
-        d_new = []
+        found = []
         for k in range(count):
             through = through_ref[k, at, lane : lane + LANES] - share * new[k]
-            d_new.append((wide(d_new_ref, at, k, start) + weights[k] * dw) + through)
-        if out_ref is None or old_ref is None or d_out_ref is None:
-            for k in range(count):
-                d_streams_ref[at, lanes(k, start)] = d_new[k].astype(dtype)
-            return dx * normed
-        for j in range(-1, count):
-            source, target, stream = (out_ref, d_out_ref, 0) if j < 0 else (old_ref, d_streams_ref, j)
-            old = wide(source, at, stream, start)
-            here = [count * (1 + j) + k for k in range(count)]  # post's, then comb's rows
-            target[at, lanes(stream, start)] = _sum(
-                weights_ref[out_at + i, at] * d for i, d in zip(here, d_new, strict=True)
-            ).astype(dtype)
-            for i, d in zip(here, d_new, strict=True):
-                sums_ref[i, at] += old * d
-        return dx * normed
+            found.append((wide(d_new_ref, at, k, start) + weights[k] * dw) + through)
+        return found, fold_rows(dx * (rho * w))
+
+    def by_vector(start: Any, at: Any, d_gain: list[jax.Array]) -> list[jax.Array]:
+        found = []
+        for lane in range(0, columns, LANES):
+            d_new, by_gain = cotangents(start, lane, at)
+            found.append(d_gain[lane // LANES] + by_gain)
+            if out_ref is None:
+                for k in range(count):
+                    d_streams_ref[at, lanes(k, start + lane)] = d_new[k].astype(dtype)
+                continue
+            for j, (source, target, stream) in enumerate(written):
+                old = wide(source, at, stream, start + lane)
+                here = [count * j + k for k in range(count)]
+                target[at, lanes(stream, start + lane)] = sum_of(
+                    weights_ref[out_at + i, at] * d for i, d in zip(here, d_new, strict=True)
+                ).astype(dtype)
+                for i, d in zip(here, d_new, strict=True):
+                    sums_ref[i, at] += old * d
+        return found
+
+    def by_matrix(start: Any, at: Any, d_gain: list[jax.Array], group: Any) -> list[jax.Array]:
+        assert matrix_ref is not None
+        tiles = [cotangents(start, lane, at) for lane in range(0, columns, LANES)]
+        d_new = jnp.concatenate(
+            [jnp.concatenate([found[k].astype(dtype) for found, _ in tiles], axis=1) for k in range(count)], axis=0
+        )
+        # Both of the weights' parts meet the same d_new.
+        mixed = _dot(matrix_ref[group], jnp.concatenate([d_new, d_new], axis=0), _PLAIN)
+        old = []
+        for j, (source, target, stream) in enumerate(written):
+            here = lanes(stream, start, columns)
+            target[at, here] = mixed[j * size : (j + 1) * size].astype(dtype)
+            old.append(source[at, here])
+        sums_ref[group] += _dot(jnp.concatenate(old, axis=0), d_new, _ROWS)
+        return [value + by_gain for value, (_, by_gain) in zip(d_gain, tiles, strict=True)]
 
     jax.lax.fori_loop(0, width // columns, lambda i, _: slab(i * columns), None)
-    if d_maps_ref is not None:
+    if d_maps_ref is None:
+        return
+    if matrix_ref is not None:
+        for group in range(tokens // size):
+            for j, row in enumerate(mixing_bwd.diagonals(sums_ref[group], size)):
+                d_maps_ref[group * (count + 1) + j : group * (count + 1) + j + 1] = row
+        return
 
-        def weight_sums(at: Any, _: None) -> None:
-            columns_ref[at] = _lane_sums([sums_ref[i, at] for i in range(count * (count + 1))])
+    def weight_sums(at: Any, _: None) -> None:
+        columns_ref[at] = lane_sums([sums_ref[i, at] for i in range(count * (count + 1))])
 
-        each_block(weight_sums)
-        d_maps_ref[:count] = jnp.zeros((count, tokens), jnp.float32)
-        d_maps_ref[count:] = jnp.transpose(columns_ref[...])[: count * (count + 1)]
+    each_block(weight_sums)
+    d_maps_ref[...] = jnp.transpose(columns_ref[...])[: count * (count + 1)]
 
 
 def seam_backward(
@@ -294,6 +314,9 @@ def seam_backward(
     spec = Spec(count, width, out is not None, is_head, iterations, eps, norm_eps, blocks)
     padded, tokens, rows = round_up(width, LANES), blocks.tokens, spec.fn_rows
     grid = cdiv(total, tokens)
+    size = mixing_bwd.group_tokens(count, tokens, streams.dtype) if out is not None else None
+    groups = tokens // size if size else 0
+    d_weights = (groups * (count + 1), LANES) if size else (count * (count + 1), tokens)
 
     def deep(x: jax.Array) -> jax.Array:
         return pad_streams(x.reshape(total, -1), x.shape[-1] // width, padded)
@@ -319,9 +342,9 @@ def seam_backward(
         assert maps is not None
         operands += [deep(out), by_block(maps), deep(streams)]
         in_specs += [deep_block(padded), maps_block, deep_block(count * padded)]
-        out_specs += [deep_block(padded), maps_block]
+        out_specs += [deep_block(padded), pl.BlockSpec((None, *d_weights), lambda t: (t, 0, 0))]
         shapes.append(jax.ShapeDtypeStruct((total, padded), out.dtype))
-        shapes.append(jax.ShapeDtypeStruct((grid, len(maps), tokens), jnp.float32))
+        shapes.append(jax.ShapeDtypeStruct((grid, *d_weights), jnp.float32))
     operands += [deep(new), deep(d_x), deep(d_new)]
     in_specs += [deep_block(count * padded), deep_block(padded), deep_block(count * padded)]
     if d_new_maps is not None:
@@ -341,7 +364,8 @@ def seam_backward(
     scratch = [
         pltpu.VMEM((tokens, LANES), jnp.float32),  # sums over columns, one per lane
         pltpu.VMEM((count * (count + 2) + 3, tokens, LANES), jnp.float32),  # a weight in all lanes of its token
-        pltpu.VMEM((count * (count + 1), tokens, LANES), jnp.float32),  # partial sums of d(post), d(comb)
+        # Partial sums of d(post), d(comb): of columns, or products of groups.
+        pltpu.VMEM((groups, (count + 1) * size, LANES) if size else (count * (count + 1), tokens, LANES), jnp.float32),
         pltpu.VMEM((count, tokens, blocks.columns), jnp.float32),  # dyᵀ · fn
         pltpu.VMEM((tokens, 4 * rows if is_split else rows), streams.dtype),  # dyᵀ
         pltpu.VMEM((3 * rows if is_split else rows, tokens), streams.dtype),  # dy
@@ -350,6 +374,8 @@ def seam_backward(
         scratch.append(pltpu.VMEM((4 * rows, count * padded), jnp.bfloat16))  # fn
     if not is_head:
         scratch.append(pltpu.VMEM(sinkhorn_bwd.record_shape(count, iterations, tokens), jnp.float32))
+    if size:
+        scratch.append(pltpu.VMEM((groups, (count + 1) * size, 2 * LANES), jnp.bfloat16))  # maps as matrices
     passes = 10 if is_split else 3  # products with fn's rows; beside them some 25 operations per pair of streams
     positions = grid * tokens * count * padded
     found = list(
@@ -372,7 +398,12 @@ def seam_backward(
     d_out, d_maps = None, None
     if maps is not None:
         d_out = found.pop(0)[:, :width].reshape(batch, length, width)
-        d_maps = jnp.moveaxis(found.pop(0), 0, 1).reshape(len(maps), -1)[:, :total].reshape(maps.shape)
+        by_weight = found.pop(0)
+        if size:
+            by_weight = mixing_bwd.by_token(by_weight.reshape(grid, groups, count + 1, LANES), count, total)
+        else:
+            by_weight = jnp.moveaxis(by_weight, 0, 1).reshape(count * (count + 1), -1)[:, :total]
+        d_maps = jnp.pad(by_weight, ((count, 0), (0, 0))).reshape(maps.shape)
     d_streams, d_fn, by_token, d_gain = found
     d_base, d_scaled = jnp.sum(by_token.reshape(2, rows, tokens)[:, : spec.maps], axis=-1)
     groups = [(0, count)] if is_head else [(0, count), (count, 2 * count), (2 * count, spec.maps)]

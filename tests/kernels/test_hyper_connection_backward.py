@@ -101,10 +101,10 @@ def test_every_gradient_of_leaving_is_that_of_the_reference(has_write):
 @pytest.mark.parametrize(
     ("batch", "length", "count", "width", "has_write", "is_head"),
     [
-        (1, 32, 2, 128, True, False),
-        (3, 7, 2, 200, True, False),
+        (3, 20, 4, 200, True, False),  # two groups of the matrix unit, four rows behind the last token
+        (1, 64, 2, 128, True, True),  # one group
+        (3, 7, 2, 200, True, False),  # no whole group
         (1, 16, 2, 128, False, False),
-        (1, 20, 4, 128, True, True),
     ],
 )
 def test_bfloat16_gradients_err_no_more_than_those_of_the_reference(batch, length, count, width, has_write, is_head):
