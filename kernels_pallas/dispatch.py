@@ -26,15 +26,13 @@ class Operation:
 
     name: str
     implementations: Mapping[str, Callable[..., Any]]
-    is_kernel_forced_only: bool = False
-    """Whether pallas runs only where it is asked for: while whole steps of a model have not been compiled with it."""
 
     def resolve(self, implementation: str | None = None, platform: str | None = None) -> str:
         """The name of the implementation that runs.
 
         Args:
           implementation: one of `IMPLEMENTATIONS`, or None for the platform's default: the first of pallas (on a TPU
-            only, and not where `is_kernel_forced_only`), xla, reference that this operation has.
+            only), xla, reference that this operation has.
           platform: "tpu", "gpu" or "cpu"; None means that of JAX's default backend. Give it when compiling for another
             machine than this one.
 
@@ -43,8 +41,7 @@ class Operation:
         """
         if implementation is None:
             platform = platform or jax.default_backend()
-            has_kernel = platform == "tpu" and not self.is_kernel_forced_only
-            order = IMPLEMENTATIONS if has_kernel else IMPLEMENTATIONS[1:]
+            order = IMPLEMENTATIONS if platform == "tpu" else IMPLEMENTATIONS[1:]
             return next(name for name in order if name in self.implementations)
         if implementation not in self.implementations:
             raise ValueError(
@@ -60,14 +57,14 @@ class Operation:
 _OPERATIONS: dict[str, Operation] = {}
 
 
-def declare(name: str, *, is_kernel_forced_only: bool = False, **implementations: Callable[..., Any]) -> Operation:
+def declare(name: str, **implementations: Callable[..., Any]) -> Operation:
     """Registers an operation. Every one has a reference."""
     if not {"reference"} <= set(implementations) <= set(IMPLEMENTATIONS):
         raise ValueError(
             f"implementations of {name}: got {sorted(implementations)}, need reference and any of {IMPLEMENTATIONS}"
         )
     found = {key: implementations[key] for key in IMPLEMENTATIONS if key in implementations}
-    _OPERATIONS[name] = Operation(name, found, is_kernel_forced_only)
+    _OPERATIONS[name] = Operation(name, found)
     return _OPERATIONS[name]
 
 

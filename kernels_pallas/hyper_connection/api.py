@@ -15,12 +15,8 @@ from kernels_pallas.dispatch import Implementation, declare
 from kernels_pallas.hyper_connection import pallas, reference, xla
 from kernels_pallas.hyper_connection.reference import Maps
 
-_SEAM = declare(
-    "hyper_connection_seam", is_kernel_forced_only=True, pallas=pallas.seam, xla=xla.seam, reference=reference.seam
-)
-_LEAVE = declare(
-    "hyper_connection_leave", is_kernel_forced_only=True, pallas=pallas.leave, xla=xla.leave, reference=reference.leave
-)
+_SEAM = declare("hyper_connection_seam", pallas=pallas.seam, xla=xla.seam, reference=reference.seam)
+_LEAVE = declare("hyper_connection_leave", pallas=pallas.leave, xla=xla.leave, reference=reference.leave)
 _WRITE = declare("hyper_connection_write", xla=xla.write, reference=reference.write)
 
 

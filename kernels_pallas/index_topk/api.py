@@ -12,14 +12,12 @@ from kernels_pallas.tpu import cdiv
 
 _OP = declare(
     "index_topk",
-    is_kernel_forced_only=True,
     pallas=pallas.index_topk,
     xla=xla.index_topk,
     reference=reference.index_topk,
 )
 _DECODE = declare(
     "index_topk_decode",
-    is_kernel_forced_only=True,
     pallas=pallas.index_topk_decode,
     reference=reference.index_topk_decode,
 )

@@ -14,14 +14,12 @@ from kernels_pallas.tpu import cdiv
 
 _OP = declare(
     "sparse_attention",
-    is_kernel_forced_only=True,
     pallas=prefill.sparse_attention,
     xla=xla.sparse_attention,
     reference=reference.sparse_attention,
 )
 _DECODE = declare(
     "sparse_attention_decode",
-    is_kernel_forced_only=True,
     pallas=kernel_decode.sparse_attention_decode,
     xla=functools.partial(of_one_layer, xla.sparse_attention_decode, xla.GATHER_FROM),
     reference=functools.partial(of_one_layer, reference.sparse_attention_decode, None),
