@@ -146,6 +146,24 @@ def test_traffic_is_what_slices_and_updates_touch_and_what_lies_in_hbm():
     assert program_costs(entry(main, fused)).hbm_bytes == row + row + whole
 
 
+def test_a_fusion_may_leave_out_a_parameter_that_it_does_not_use():
+    fused = """
+        %fused (p0: f32[4,128], p1: s32[], p2: f32[8,128]) -> f32[8,128] {
+          %p0 = f32[4,128]{1,0} parameter(0)
+          %p2 = f32[8,128]{1,0} parameter(2)
+          %b = f32[8,128]{1,0} custom-call(%p0), custom_call_target="x"
+          ROOT %r = f32[8,128]{1,0} add(%b, %p2)
+        }"""
+    body = """
+        %a = f32[4,128]{1,0} parameter(0)
+        %n = s32[] parameter(1)
+        %c = f32[8,128]{1,0} parameter(2)
+        ROOT %f = f32[8,128]{1,0} fusion(%a, %n, %c), kind=kCustom, calls=%fused
+    """
+    text = entry(textwrap.dedent(body).replace("\n", "\n  ").lstrip("\n"), textwrap.dedent(fused).strip())
+    assert program_costs(text).hbm_bytes == 4 * 128 * (4 + 8 + 8)
+
+
 def test_collectives_are_counted_by_kind_and_axis():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "expert", "tensor"))
     sizes = dict(mesh.shape)

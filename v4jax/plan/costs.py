@@ -168,7 +168,7 @@ class _Reader:
         moved = self._moved(home, one, "custom-call", one.shapes)
         total.hbm_bytes += float(figures.get("bytes_accessed", moved))
         if name == "tpu_custom_call" and not figures:
-            total.uncosted[one.op_name.rsplit("/", 1)[-1] or name] += 1
+            total.uncosted[one.op_name.removesuffix("/pallas_call").rsplit("/", 1)[-1] or name] += 1
 
     # ---- traffic --------------------------------------------------------------------------------------------------
     def _moved(self, home: Computation, one: Instruction, operation: str, results: Iterable[Shape]) -> float:
@@ -188,7 +188,7 @@ class _Reader:
 
     def _fusion_bytes(self, home: Computation, one: Instruction, inner: Computation) -> float:
         total = 0.0
-        for parameter, name in zip(inner.parameters(), one.operands, strict=True):
+        for parameter, name in inner.operands_of(one):
             shapes = home.instructions[name].shapes
             if len(shapes) == 1 and shapes[0].space == 0:
                 share = self._read_of(inner, parameter) / max(shapes[0].elements, 1)
@@ -218,7 +218,7 @@ class _Reader:
             elif user.operation == "fusion":
                 nested = self.program.computations[user.called("calls")[0]]
                 after = functools.partial(self._read_of, inner, user, at_root)
-                for parameter, name in zip(nested.parameters(), user.operands, strict=True):
+                for parameter, name in nested.operands_of(user):
                     if name == one.name:
                         total += self._read_of(nested, parameter, after)
             elif user.operation == "tuple" and user.is_root:

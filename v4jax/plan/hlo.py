@@ -100,6 +100,11 @@ class Computation:
         """In their order."""
         return sorted((one for one in self if one.operation == "parameter"), key=lambda one: int(one.literal))
 
+    def operands_of(self, caller: Instruction) -> Iterator[tuple[Instruction, str]]:
+        """Each parameter with the name of the caller's operand that it stands for; an unused one may be left out."""
+        for parameter in self.parameters():
+            yield parameter, caller.operands[int(parameter.literal)]
+
     def users(self, name: str) -> list[Instruction]:
         """Instructions that take this one as an operand."""
         return [one for one in self if name in one.operands]
@@ -166,7 +171,7 @@ class Program:
         outer: dict[str, str] = {}
         if one.operation == "fusion":
             inner = self.computations[one.called("calls")[0]]
-            outer = {parameter.name: one.operands[i] for i, parameter in enumerate(inner.parameters())}
+            outer = {parameter.name: name for parameter, name in inner.operands_of(one)}
             home, one = inner, inner.root
         if one.operation != "compare":
             return None
@@ -207,7 +212,7 @@ class Program:
         operands = [(body, body.instructions[name]) for name in after.operands]
         if after.operation == "fusion":
             inner = self.computations[after.called("calls")[0]]
-            places = {parameter.name: i for i, parameter in enumerate(inner.parameters())}
+            places = {parameter.name: int(parameter.literal) for parameter in inner.parameters()}
             given, after = operands, inner.root
             names = [self._through(inner, inner.instructions[name]) for name in after.operands]
             operands = [given[places[one.name]] if one.name in places else (inner, one) for one in names]
