@@ -6,12 +6,9 @@ cycles of the whole program, B are issued bundles × trip counts. S compares wit
 
 import dataclasses
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-import jax
 
 from kernels_pallas.tpu import CHIPS, Chip
 
@@ -91,11 +88,6 @@ def floor_cycles(case: Case, chip: Chip) -> float:
 def accepted_cycles(case: Case, chip: Chip, cycles: float) -> float:
     """A compiler figure with the bandwidth that its model ignores: at least the traffic's cycles."""
     return max(cycles, case.hbm_bytes / chip.hbm_bytes_per_cycle)
-
-
-def array_bytes(*arrays: Any) -> int:
-    """Bytes of `ShapeDtypeStruct`s or trees of them."""
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(arrays))
 
 
 def all_cases() -> tuple[Case, ...]:

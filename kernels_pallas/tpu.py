@@ -4,6 +4,7 @@ All figures are per jax device: on tpu7x that is one of the chip's two TensorCor
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -40,6 +41,11 @@ def tile_bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     for length in leading:
         size *= length
     return size * jnp.dtype(dtype).itemsize
+
+
+def array_bytes(*arrays: Any) -> int:
+    """Bytes of `ShapeDtypeStruct`s or trees of them."""
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(arrays))
 
 
 @dataclasses.dataclass(frozen=True)

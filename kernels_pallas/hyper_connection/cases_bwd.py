@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.cases import Case, Model, array_bytes
+from kernels_pallas.cases import Case, Model
 from kernels_pallas.hyper_connection.kernel_bwd import seam_backward
+from kernels_pallas.tpu import array_bytes
 
 _TARGETS = {"v6e": 1.3, "tpu7x": 1.8}
 """They were set against three reads and two writes of the streams; here one write is the floor."""

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.cases import Case, Figure, Matmul, Model, array_bytes
+from kernels_pallas.cases import Case, Figure, Matmul, Model
 from kernels_pallas.index_topk import pallas
-from kernels_pallas.tpu import cdiv
+from kernels_pallas.tpu import array_bytes, cdiv
 
 _BFLOAT16, _FP8, _FLOAT32 = jnp.bfloat16, jnp.float8_e4m3fn, jnp.float32
 _FULL = "every query sees every key: no chunk is skipped"

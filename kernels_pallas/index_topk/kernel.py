@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from kernels_pallas.index_topk import kernel_select
 from kernels_pallas.index_topk.block_sizes import Blocks
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, compiler_params, round_up
+from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, compiler_params, round_up
 
 _COLUMNS = 512
 """Keys per matrix product: its sums over heads stay in registers."""
@@ -191,6 +191,14 @@ def select_prefill(
         out_shape=jax.ShapeDtypeStruct((batch, queries_padded, columns), jnp.int32),
         compiler_params=compiler_params(
             chip, semantics=("parallel", "parallel", "arbitrary"), vmem_bytes=blocks.vmem_limit(chip)
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * tiles * spec.rows * heads * blocks.chunks * step * width,
+            transcendentals=0,
+            # Every tile of queries reads all keys again.
+            bytes_accessed=array_bytes(q, weights, queries)
+            + tiles * array_bytes(*operands[3:])
+            + 4 * batch * queries_padded * columns,
         ),
         name=f"index_topk_{output}",
     )(span, *operands)

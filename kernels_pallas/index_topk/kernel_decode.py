@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from kernels_pallas.index_topk import kernel_select
 from kernels_pallas.index_topk.block_sizes import SEQUENCES, Blocks
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, compiler_params
+from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, cdiv, compiler_params
 
 _COLUMNS = 512
 """Keys per matrix product: the sums of 8 sequences stay in registers."""
@@ -179,5 +179,18 @@ def select_decode(
         ),
         out_shape=jax.ShapeDtypeStruct((batch, slots), jnp.int32),
         compiler_params=compiler_params(chip, semantics=("parallel", "arbitrary"), vmem_bytes=blocks.vmem_limit(chip)),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * cdiv(batch, SEQUENCES) * SEQUENCES * blocks.chunks * step * heads * width,
+            transcendentals=0,
+            bytes_accessed=_layer_bytes(keys)
+            + (0 if scale is None else _layer_bytes(scale))
+            + array_bytes(q, weights, visible)
+            + 4 * batch * slots,
+        ),
         name="index_topk_decode",
     )(layer, ends, *operands)
+
+
+def _layer_bytes(stacked: jax.Array) -> int:
+    """Of the one layer that is read."""
+    return array_bytes(stacked) // stacked.shape[0]

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.cases import Case, Figure, Matmul, Model, array_bytes
+from kernels_pallas.cases import Case, Figure, Matmul, Model
 from kernels_pallas.sparse_attention.kernel_decode import sparse_attention_decode
+from kernels_pallas.tpu import array_bytes
 
 _LAYERS = 3
 

@@ -43,6 +43,11 @@ def bits_of_selection(selection: Int[Array, "B S K"], size: int, chip: Chip) -> 
         out_specs=pl.BlockSpec((1, SUBLANES, LANES), lambda b, i, g: (b, i, g)),
         out_shape=jax.ShapeDtypeStruct((*padded.shape[:2], grid[2] * LANES), jnp.int32),
         compiler_params=compiler_params(chip, semantics=("parallel", "parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * padded.shape[0] * padded.shape[1] * grid[2] * WORD * LANES * columns,
+            transcendentals=0,
+            bytes_accessed=4 * padded.shape[0] * padded.shape[1] * (columns + grid[2] * LANES),
+        ),
         name="sparse_attention_bits",
     )(padded)
     return mask[:, :length, :words]

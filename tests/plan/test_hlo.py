@@ -146,12 +146,15 @@ def test_traffic_is_what_slices_and_updates_touch_and_what_lies_in_hbm():
     assert program_costs(entry(main, fused)).hbm_bytes == row + row + whole
 
 
-def test_a_fusion_may_leave_out_a_parameter_that_it_does_not_use():
+def test_a_fusion_may_leave_out_a_parameter_and_spread_a_kernels_configuration_over_lines():
     fused = """
         %fused (p0: f32[4,128], p1: s32[], p2: f32[8,128]) -> f32[8,128] {
           %p0 = f32[4,128]{1,0} parameter(0)
           %p2 = f32[8,128]{1,0} parameter(2)
-          %b = f32[8,128]{1,0} custom-call(%p0), custom_call_target="x"
+          %b = f32[8,128]{1,0} custom-call(%p0), custom_call_target="tpu_custom_call", backend_config={"cost_estimate": {
+        "flops":123,
+        "bytes_accessed":7
+        }, "b": 1}
           ROOT %r = f32[8,128]{1,0} add(%b, %p2)
         }"""
     body = """
@@ -161,7 +164,10 @@ def test_a_fusion_may_leave_out_a_parameter_that_it_does_not_use():
         ROOT %f = f32[8,128]{1,0} fusion(%a, %n, %c), kind=kCustom, calls=%fused
     """
     text = entry(textwrap.dedent(body).replace("\n", "\n  ").lstrip("\n"), textwrap.dedent(fused).strip())
-    assert program_costs(text).hbm_bytes == 4 * 128 * (4 + 8 + 8)
+    costs = program_costs(text)
+    assert costs.hbm_bytes == 4 * 128 * (4 + 8 + 8)  # what crosses the fusion's edge, not what the kernel says
+    assert costs.flops == 123
+    assert not costs.uncosted
 
 
 def test_collectives_are_counted_by_kind_and_axis():

@@ -161,8 +161,8 @@ class _Reader:
     def _custom_call(self, home: Computation, one: Instruction, total: Costs) -> None:
         target = re.search(r'custom_call_target="([^"]+)"', one.attributes)
         name = target[1] if target else "?"
-        estimate = re.search(r'"cost_estimate":\{([^}]*)\}', one.attributes)
-        figures = dict(re.findall(r'"(\w+)":"?(-?\d+)', estimate[1])) if estimate else {}
+        estimate = re.search(r'"cost_estimate":\s*\{([^}]*)\}', one.attributes)
+        figures = dict(re.findall(r'"(\w+)":\s*"?(-?\d+)', estimate[1])) if estimate else {}
         total.flops += float(figures.get("flops", 0))
         total.unit_flops += float(figures.get("flops", 0))
         moved = self._moved(home, one, "custom-call", one.shapes)

@@ -24,6 +24,8 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*(?:/\*.*)?$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPERATION = re.compile(r"\s*([a-z][\w\-]*)\(")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
+_BROKEN = re.compile(r'\{\n((?:"[^\n]*\n)+)\}')
+"""An object of a kernel's configuration that the compiler spreads over lines, where it put the kernel into a fusion."""
 _TRANSPARENT = frozenset({"copy", "bitcast", "convert", "reshape", "copy-done", "optimization-barrier", "opt-barrier"})
 
 
@@ -267,7 +269,7 @@ def parse(text: str) -> tuple[dict[str, Computation], Computation]:
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
     current: Computation | None = None
-    for line in text.splitlines():
+    for line in _BROKEN.sub(lambda found: "{" + found[1].replace("\n", "") + "}", text).splitlines():
         if current is None:
             head = _HEAD.match(line)
             if head:
