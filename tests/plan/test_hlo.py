@@ -151,7 +151,7 @@ def test_a_fusion_may_leave_out_a_parameter_and_spread_a_kernels_configuration_o
         %fused (p0: f32[4,128], p1: s32[], p2: f32[8,128]) -> f32[8,128] {
           %p0 = f32[4,128]{1,0} parameter(0)
           %p2 = f32[8,128]{1,0} parameter(2)
-          %b = f32[8,128]{1,0} custom-call(%p0), custom_call_target="tpu_custom_call", backend_config={"cost_estimate": {
+          %b = f32[8,128]{1,0} custom-call(%p0), custom_call_target="tpu_custom_call", config={"cost_estimate": {
         "flops":123,
         "bytes_accessed":7
         }, "b": 1}
