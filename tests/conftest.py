@@ -1,6 +1,8 @@
 """What every test shares: eight virtual CPU devices, a compilation cache, runtime shape checks, and `../shared`."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported anywhere. The variables also reach the subprocesses that tests start.
@@ -20,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
@@ -31,6 +34,16 @@ hypothesis.settings.register_profile("v4jax", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("v4jax")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Drops compiled programs before their memory maps reach Linux' limit of 65,530, where loading one more crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
