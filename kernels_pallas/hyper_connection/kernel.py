@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.hyper_connection import mixing
 from kernels_pallas.hyper_connection.block_sizes import Blocks, choose_blocks
 from kernels_pallas.hyper_connection.mixing import split_bf16
-from kernels_pallas.tpu import LANES, compiler_params, current_chip, round_up, sublanes
+from kernels_pallas.tpu import LANES, array_bytes, compiler_params, current_chip, round_up, sublanes
 
 _ROWS = (((1,), (1,)), ((), ()))
 """Contracts the last dimensions: rows × rows."""
@@ -327,7 +327,7 @@ def _cost(spec: Spec, steps: int, operands: list[Any], results: list[Any]) -> pl
     return pl.CostEstimate(
         flops=2 * tokens * spec.streams * round_up(spec.width, LANES) * per_value,
         transcendentals=tokens * (spec.maps + 2 * spec.streams * spec.iterations),
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*operands, *results)),
+        bytes_accessed=array_bytes(*operands, *results),
     )
 
 

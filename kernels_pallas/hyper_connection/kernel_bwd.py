@@ -29,7 +29,7 @@ from kernels_pallas.hyper_connection import mixing_bwd, sinkhorn_bwd
 from kernels_pallas.hyper_connection.block_sizes_bwd import choose_backward_blocks
 from kernels_pallas.hyper_connection.kernel import Spec, pad_streams, split_bf16, spread, unpad_streams
 from kernels_pallas.hyper_connection.sums import clear_rows, fold_rows, lane_sums, sum_of
-from kernels_pallas.tpu import LANES, SUBLANES, cdiv, compiler_params, current_chip, round_up, sublanes
+from kernels_pallas.tpu import LANES, SUBLANES, array_bytes, cdiv, compiler_params, current_chip, round_up, sublanes
 
 _ROWS = (((1,), (1,)), ((), ()))
 """Contracts the last dimensions: rows × rows."""
@@ -390,7 +390,7 @@ def seam_backward(
             cost_estimate=pl.CostEstimate(
                 flops=positions * (2 * passes * rows + 30 + (4 * (count + 1) if spec.has_write else 0)),
                 transcendentals=grid * tokens * (spec.maps + 2),
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*operands, *shapes]),
+                bytes_accessed=array_bytes(*operands, *shapes),
             ),
             name="hyper_connection_head_backward" if is_head else "hyper_connection_seam_backward",
         )(*operands)
