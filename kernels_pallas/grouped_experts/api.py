@@ -3,10 +3,12 @@
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Implementation, declare
-from kernels_pallas.grouped_experts import reference, xla
+from kernels_pallas.grouped_experts import pallas, reference, xla
 from kernels_pallas.grouped_experts.stacks import ExpertStack, as_stack
 
-_OP = declare("grouped_experts", xla=xla.grouped_experts, reference=reference.grouped_experts)
+_OP = declare(
+    "grouped_experts", pallas=pallas.grouped_experts, xla=xla.grouped_experts, reference=reference.grouped_experts
+)
 
 
 def grouped_experts(
@@ -31,8 +33,8 @@ def grouped_experts(
       limit: clamp of gate (from above) and up; 0 means none.
       expected_picks: (token, expert) pairs with an expert of these, under an even load; all of them if None. Sets the
         size of blocks, never the result.
-      implementation: None (the platform's default), "xla" (sorted blocks, work ∝ T·K) or "reference" (every expert over
-        every token).
+      implementation: None (the platform's default), "pallas" (TPU: many rows of plain bfloat16 matrices in grouped
+        products, the rest as "xla"), "xla" (sorted blocks, work ∝ T·K) or "reference" (every expert over every token).
 
     Returns:
       [T, D] float32. Differentiable in x, the matrices and the weights if the matrices are arrays.

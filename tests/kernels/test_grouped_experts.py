@@ -80,9 +80,3 @@ def test_every_pick_gets_its_own_row_and_its_experts_block(experts, tokens, bloc
     first, last = np.asarray(groups.first), np.asarray(groups.last)
     assert ((first[chosen] <= slot // block) & (slot // block < last[chosen])).all()
     assert set(np.asarray(groups.expert)[: int(groups.active)]) == set(np.unique(chosen))
-
-
-def test_unknown_implementation_is_refused():
-    x, matrices, chosen, weights = problem(3, 4, 2, 2)
-    with pytest.raises(ValueError, match="grouped_experts"):
-        grouped_experts(x, *matrices, jnp.asarray(chosen), weights, limit=LIMIT, implementation="pallas")

@@ -82,23 +82,30 @@ class Segment(nnx.Module):
         def inputs_at(index: Any) -> LayerInputs:
             return dataclasses.replace(inputs, layer=jnp.asarray(index, jnp.int32)) if whole else inputs
 
+        def one_unit(
+            sliced: list[jax.Array], residual: Residual, index: Any, caches: UnitCaches | None
+        ) -> tuple[Residual, UnitCaches | None, list[LayerMetrics]]:
+            layers, own = layers_of(sliced), inputs_at(index)
+            if caches is None:
+                return run(layers, residual, own, None, None)
+            if inputs.is_step:
+                # A token touches little of a cache: it is addressed by layer, and no layer's part is cut out.
+                views = tuple(layer_view(cache, jnp.asarray(index, jnp.int32)) for cache in caches)
+                residual, views, metrics = run(layers, residual, own, views, None)
+                assert views is not None
+                return residual, tuple(map(put_layer, views)), metrics
+            one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), caches)
+            residual, one, metrics = run(layers, residual, own, one, None)
+            caches = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), caches, one)
+            return residual, caches, metrics
+
         if self.spec.repeats == 1:
-            one = None if caches is None else jax.tree.map(lambda a: a[0], caches)
-            residual, one, metrics = run(layers_of([leaf[0] for leaf in sliced]), residual, inputs_at(0), one, None)
-            return residual, jax.tree.map(lambda a: a[None], one), [jax.tree.map(lambda a: a[None], m) for m in metrics]
+            residual, caches, metrics = one_unit([leaf[0] for leaf in sliced], residual, 0, caches)
+            return residual, caches, [jax.tree.map(lambda a: a[None], m) for m in metrics]
 
         def body(carry: tuple[Residual, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[Residual, Any], Any]:
-            residual, caches = carry
-            sliced, index = xs
-            # Caches ride in the carry and are read and written by slice: as xs and ys they would exist twice.
-            if caches is not None and inputs.is_step:
-                views = tuple(layer_view(cache, index) for cache in caches)
-                residual, views, metrics = run(layers_of(sliced), residual, inputs_at(index), views, None)
-                assert views is not None
-                return (residual, tuple(map(put_layer, views))), metrics
-            one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), caches)
-            residual, one, metrics = run(layers_of(sliced), residual, inputs_at(index), one, None)
-            caches = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, index, 0), caches, one)
+            # Caches ride in the carry and are read and written in place: as xs and ys they would exist twice.
+            residual, caches, metrics = one_unit(xs[0], carry[0], xs[1], carry[1])
             return (residual, caches), metrics
 
         residual = residual.with_pending(self.layers[0].config.hc_mult)

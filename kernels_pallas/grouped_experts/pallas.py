@@ -1,0 +1,139 @@
+"""Experts of many rows on TPU: rows are sorted by expert, and the products are those of JAX's own `megablox` kernels.
+
+They take plain bfloat16 matrices (training, prefill with such weights). Quantised matrices, stacks of layers and
+float32 have no kernel yet, and few rows do not need one: these run as in `xla`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_experts import xla
+from kernels_pallas.grouped_experts.reference import swiglu
+from kernels_pallas.grouped_experts.stacks import ExpertStack
+from kernels_pallas.tpu import round_up
+
+_TILE = 512
+"""Rows of a tile: at least as many, per expert, make a product that is not bound by reading the matrices."""
+_WIDE = 1024
+"""Columns of a tile, and the depth of one pass."""
+
+Matrices = tuple[jax.Array, jax.Array, jax.Array]
+"""w1, w3 [E, F, D] and w2 [E, D, F], bfloat16."""
+
+
+class _Rows(NamedTuple):
+    """Picks in the order of their experts, padded to whole tiles; those of no expert are last."""
+
+    token: jax.Array
+    """[R]: the token of each row; of padding some token."""
+    share: jax.Array
+    """[R]: routing weight, 0 where no expert is meant."""
+    sizes: jax.Array
+    """int32 [E]: rows of each expert."""
+    slot: jax.Array
+    """[T, K]: the row of each pick."""
+
+    @property
+    def is_real(self) -> jax.Array:
+        """Bool [R, 1]: rows of an expert; what a product leaves in the others is undefined."""
+        return (jnp.arange(self.token.shape[0]) < jnp.sum(self.sizes))[:, None]
+
+
+def _sort(experts: jax.Array, weights: jax.Array, count: int) -> _Rows:
+    flat = experts.reshape(-1)
+    picks, rows = flat.shape[0], round_up(flat.shape[0], _TILE)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    slot = jnp.zeros(picks, jnp.int32).at[order].set(jnp.arange(picks, dtype=jnp.int32), unique_indices=True)
+    share = jnp.where(flat[order] < count, weights.reshape(-1)[order], 0.0)
+    padding = (0, rows - picks)
+    sizes = jnp.bincount(flat, length=count).astype(jnp.int32)
+    return _Rows(
+        jnp.pad(order // experts.shape[1], padding), jnp.pad(share, padding), sizes, slot.reshape(experts.shape)
+    )
+
+
+def _by_expert(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, transposed: bool) -> jax.Array:
+    """Rows [R, I] times the matrix of their expert, [E, I, O] or `transposed` [E, O, I]; float32 [R, O]."""
+    depth, width = matrices.shape[-2:][::-1] if transposed else matrices.shape[-2:]
+    tiling = (_TILE, min(depth, _WIDE), min(width, _WIDE))
+    return gmm(rows, matrices, sizes, jnp.float32, tiling, transpose_rhs=transposed)
+
+
+def _over_rows(left: jax.Array, right: jax.Array, sizes: jax.Array) -> jax.Array:
+    """leftᵀ [R, O] · right [R, I] of each expert's rows: [E, O, I] in the operands' dtype."""
+    tiling = (_TILE, min(left.shape[1], _WIDE), min(right.shape[1], _WIDE))
+    return tgmm(left.T, right, sizes, left.dtype, tiling)
+
+
+def _hidden(x: jax.Array, matrices: Matrices, rows: _Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rows of x, and their gate and up [R, F]."""
+    own = x[rows.token]
+    gate, up = (_by_expert(own, matrix, rows.sizes, transposed=True) for matrix in matrices[:2])
+    return own, gate, up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _experts(x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
+    return _experts_fwd(x, matrices, experts, weights, limit)[0]
+
+
+def _experts_fwd(
+    x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float
+) -> tuple[jax.Array, tuple]:
+    rows = _sort(experts, weights, matrices[0].shape[0])
+    own, gate, up = _hidden(x, matrices, rows)
+    z = jnp.where(rows.is_real, swiglu(gate, up, limit) * rows.share[:, None], 0.0).astype(x.dtype)
+    out = jnp.where(rows.is_real, _by_expert(z, matrices[2], rows.sizes, transposed=True), 0.0)
+    return _sum(out, rows.slot), (own, gate, up, matrices, experts, weights, rows)
+
+
+def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
+    own, gate, up, matrices, experts, weights, rows = saved
+    dtype, is_real, share = own.dtype, rows.is_real, rows.share[:, None]
+    d_rows = jnp.where(is_real, d_out[rows.token], 0.0).astype(dtype)
+    hidden, pull = jax.vjp(functools.partial(swiglu, limit=limit), gate, up)
+    hidden = jnp.where(is_real, hidden, 0.0)
+    d_z = jnp.where(is_real, _by_expert(d_rows, matrices[2], rows.sizes, transposed=False), 0.0)
+    d_gate, d_up = (jnp.where(is_real, d, 0.0).astype(dtype) for d in pull(d_z * share))
+    d_own = _by_expert(d_gate, matrices[0], rows.sizes, transposed=False)
+    d_own = d_own + _by_expert(d_up, matrices[1], rows.sizes, transposed=False)
+    d_x = _sum(jnp.where(is_real, d_own, 0.0), rows.slot).astype(dtype)
+    z = (hidden * share).astype(dtype)
+    d_matrices = tuple(_over_rows(a, b, rows.sizes) for a, b in ((d_gate, own), (d_up, own), (d_rows, z)))
+    d_share = jnp.sum(d_z * hidden, axis=-1)[rows.slot]
+    return d_x, d_matrices, np.zeros(experts.shape, jax.dtypes.float0), d_share.astype(weights.dtype)
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)
+
+
+def _sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
+    """Σ_k rows[slot[:, k]]: additions that fuse with the gathers, where a reduction would not."""
+    return functools.reduce(jnp.add, [rows[slot[:, k]] for k in range(slot.shape[1])])
+
+
+def grouped_experts(
+    x: Float[Array, "T D"],
+    w1: ExpertStack,
+    w3: ExpertStack,
+    w2: ExpertStack,
+    experts: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    *,
+    limit: float,
+    expected_picks: float | None = None,
+) -> Float[Array, "T D"]:
+    """See `api.grouped_experts`."""
+    stacks = (w1, w3, w2)
+    is_plain = all(stack.layer is None and stack.scale is None for stack in stacks)
+    picks = experts.size if expected_picks is None else expected_picks
+    if not is_plain or x.dtype != jnp.bfloat16 or picks < w1.shape[0] * _TILE // 4:
+        return xla.grouped_experts(x, *stacks, experts, weights, limit=limit, expected_picks=expected_picks)
+    w1_values, w3_values, w2_values = (stack.values.astype(x.dtype) for stack in stacks)
+    return _experts(x, (w1_values, w3_values, w2_values), experts, weights, limit)

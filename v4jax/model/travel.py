@@ -1,0 +1,257 @@
+"""Tokens travel to the devices of their experts and back, none dropped whatever the routing.
+
+Every pick, a token and one of its experts, is a row. A device sorts its rows by expert, so that the rows for a device
+lie together, and each device's rows arrive one sender after another. A round has room for somewhat more rows than an
+even load brings; what exceeds it comes in further rounds, as many as the fullest device needs. The backward pass sends
+the rows again instead of keeping them.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.loops import data_loop
+from v4jax.sharding import Names
+
+_BUFFER_BYTES = 256 << 20
+"""Of rows that one device sends at a time; longer runs of tokens go in several parts."""
+_ROOM = 1.125
+"""Rows of a round over those of an even load."""
+_ROW_MULTIPLE = 8
+
+Compute = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+"""(rows [R, D], experts [R, 1] by local number, weights [R, 1], matrices) → float32 [R, D], any R."""
+
+
+class Exchange(NamedTuple):
+    """What does not change between parts and rounds. Hashable."""
+
+    compute: Compute
+    names: Names
+    """Mesh axes of the exchange."""
+    devices: int
+    count: int
+    """Experts of one device."""
+    is_ragged: bool
+    """Whether the devices implement `ragged_all_to_all`; else buffers travel whole."""
+
+
+def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange) -> jax.Array:
+    """Σ over the picks of each token, computed where the experts are.
+
+    Args:
+      x: [T, D], this device's tokens.
+      experts: int32 [T, K] numbers among all devices' experts.
+      weights: float32 [T, K].
+      matrices: of this device's experts, handed to `compute`.
+
+    Returns:
+      float32 [T, D]. Differentiable in x, weights and matrices where `compute` is.
+    """
+    return _routed(x, experts, weights, matrices, exchange)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _routed(x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange) -> jax.Array:
+    def part(arguments: tuple[jax.Array, ...]) -> jax.Array:
+        return _there_and_back(*arguments, matrices, exchange)
+
+    parts = _parts(x, experts)
+    if parts == 1:
+        return part((x, experts, weights))
+    return jax.lax.map(part, _split((x, experts, weights), parts)).reshape(x.shape)
+
+
+def _routed_fwd(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange
+) -> tuple[jax.Array, tuple]:
+    return _routed(x, experts, weights, matrices, exchange), (x, experts, weights, matrices)
+
+
+def _routed_bwd(exchange: Exchange, saved: tuple, d_out: jax.Array) -> tuple:
+    x, experts, weights, matrices = saved
+    parts = _parts(x, experts)
+
+    def part(total: Any, arguments: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        *own, d_own = arguments
+        return _back_and_forth(*own, matrices, d_own, total, exchange)
+
+    total = jax.tree.map(lambda matrix: jnp.zeros(matrix.shape, jnp.float32), matrices)
+    arguments = _split((x, experts, weights, d_out), parts)
+    if parts == 1:
+        total, (d_x, d_weights) = part(total, tuple(a[0] for a in arguments))
+    else:
+        total, (d_x, d_weights) = jax.lax.scan(part, total, arguments)
+    d_matrices = jax.tree.map(lambda d, matrix: d.astype(matrix.dtype), total, matrices)
+    no_gradient = np.zeros(experts.shape, jax.dtypes.float0)
+    return d_x.reshape(x.shape).astype(x.dtype), no_gradient, d_weights.reshape(weights.shape), d_matrices
+
+
+_routed.defvjp(_routed_fwd, _routed_bwd)
+
+
+def _parts(x: jax.Array, experts: jax.Array) -> int:
+    """The fewest equal parts of the tokens whose rows stay within bounds."""
+    tokens, row = x.shape[0], experts.shape[1] * x.shape[1] * x.dtype.itemsize
+    return next(
+        n for n in range(1, tokens + 1) if tokens % n == 0 and (tokens // n * row <= _BUFFER_BYTES or n == tokens)
+    )
+
+
+def _split(arrays: tuple[jax.Array, ...], parts: int) -> tuple[jax.Array, ...]:
+    return tuple(a.reshape(parts, -1, *a.shape[1:]) for a in arrays)
+
+
+# ---- who sends what to whom ------------------------------------------------------------------------------------------
+class _Route(NamedTuple):
+    """Of one part of the tokens; S senders, D = S receivers, both the devices of the exchange."""
+
+    order: jax.Array
+    """[P]: picks in the order of their experts."""
+    slot: jax.Array
+    """[T, K]: place of each pick in that order."""
+    loads: jax.Array
+    """int32 [S, count]: rows from each sender for each expert of this device."""
+    sent: jax.Array
+    """int32 [S, D]."""
+    start: jax.Array
+    """int32 [S, D]: place of each receiver's first row among a sender's."""
+    offset: jax.Array
+    """int32 [S, D]: place of each sender's first row among a receiver's."""
+    me: jax.Array
+    room: int
+    """Rows that a device takes in one round."""
+
+    @property
+    def rounds(self) -> jax.Array:
+        """Until the fullest device has seen all its rows."""
+        return -(-jnp.max(jnp.sum(self.sent, axis=0)) // self.room)
+
+    @property
+    def expected(self) -> float:
+        """Rounds under an even load."""
+        return math.ceil(self.order.shape[0] / self.room)
+
+
+class _Moves(NamedTuple):
+    """One round: `count[s, d]` rows from place `there[s, d]` of sender s to place `here[s, d]` of receiver d."""
+
+    count: jax.Array
+    there: jax.Array
+    here: jax.Array
+
+
+def _route(experts: jax.Array, exchange: Exchange) -> _Route:
+    flat, devices = experts.reshape(-1), exchange.devices
+    picks = flat.shape[0]
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    slot = jnp.zeros(picks, jnp.int32).at[order].set(jnp.arange(picks, dtype=jnp.int32), unique_indices=True)
+    load = jnp.bincount(flat, length=devices * exchange.count).astype(jnp.int32)
+    loads = jax.lax.all_gather(load, exchange.names).reshape(devices, devices, exchange.count)
+    sent = jnp.sum(loads, axis=-1)
+    me = jax.lax.axis_index(exchange.names)
+    room = math.ceil(_ROOM * picks / _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return _Route(
+        order, slot.reshape(experts.shape), jax.lax.dynamic_index_in_dim(loads, me, 1, keepdims=False), sent,
+        jnp.cumsum(sent, axis=1) - sent, jnp.cumsum(sent, axis=0) - sent, me, room,
+    )  # fmt: skip
+
+
+def _moves(route: _Route, index: jax.Array) -> _Moves:
+    first = index * route.room
+    low = jnp.clip(first - route.offset, 0, route.sent)
+    high = jnp.clip(first + route.room - route.offset, 0, route.sent)
+    here = jnp.clip(route.offset + low - first, 0, route.room)
+    return _Moves(high - low, route.start + low, here)
+
+
+def _numbers(route: _Route, index: jax.Array) -> jax.Array:
+    """The local expert [R, 1] of each row that arrives in a round; the number of experts where none does."""
+    senders, count = route.loads.shape
+    ends = jnp.cumsum(route.loads.reshape(-1))
+    place = index * route.room + jnp.arange(route.room)
+    block = jnp.searchsorted(ends, place, side="right", method="compare_all")
+    return jnp.where(block < senders * count, block % count, count).astype(jnp.int32)[:, None]
+
+
+def _send(rows: jax.Array, into: jax.Array, moves: _Moves, route: _Route, exchange: Exchange) -> jax.Array:
+    """`into` [R, …], zero where something arrives, with the rows of this round in it."""
+    return _move(rows, into, moves.there, moves.count, moves.here, route.me, exchange)
+
+
+def _return(rows: jax.Array, into: jax.Array, moves: _Moves, route: _Route, exchange: Exchange) -> jax.Array:
+    """The way back: what came from a place goes to that place."""
+    return _move(rows, into, moves.here.T, moves.count.T, moves.there.T, route.me, exchange)
+
+
+def _move(
+    rows: jax.Array, into: jax.Array, there: jax.Array, count: jax.Array, here: jax.Array, me: jax.Array,
+    exchange: Exchange,
+) -> jax.Array:  # fmt: skip
+    """`into` with `count[s, d]` rows from place `there[s, d]` of s at place `here[s, d]` of d."""
+    names = exchange.names
+    mine = (a[me] for a in (there, count, here))
+    if exchange.is_ragged:
+        begin, size, place = mine
+        return jax.lax.ragged_all_to_all(rows, into, begin, size, place, count[:, me], axis_name=names)
+    begin, size, place = (a[:, None] for a in mine)
+    index = jnp.arange(into.shape[0]) - place
+    is_sent = (index >= 0) & (index < size)
+    own = rows[jnp.clip(begin + index, 0, rows.shape[0] - 1)]
+    own = jnp.where(is_sent.reshape(*is_sent.shape, *[1] * (rows.ndim - 1)), own, 0)
+    return into + jnp.sum(jax.lax.all_to_all(own, names, 0, 0, tiled=True), axis=0, dtype=into.dtype)
+
+
+# ---- one part of the tokens ------------------------------------------------------------------------------------------
+def _gather_sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
+    """Σ_k rows[slot[:, k]] in float32."""
+    return functools.reduce(jnp.add, [rows[slot[:, k]].astype(jnp.float32) for k in range(slot.shape[1])])
+
+
+def _there_and_back(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange
+) -> jax.Array:
+    route = _route(experts, exchange)
+    rows, shares = x[route.order // experts.shape[1]], weights.reshape(-1)[route.order]
+
+    def one_round(index: jax.Array, back: jax.Array) -> jax.Array:
+        moves = _moves(route, index)
+        own = _send(rows, jnp.zeros((route.room, x.shape[1]), x.dtype), moves, route, exchange)
+        share = _send(shares, jnp.zeros(route.room, shares.dtype), moves, route, exchange)
+        out = exchange.compute(own, _numbers(route, index), share[:, None], matrices)
+        return _return(out, back, moves, route, exchange)
+
+    back = jnp.zeros(rows.shape, jnp.float32)
+    return _gather_sum(data_loop(0, route.rounds, one_round, back, expected=route.expected), route.slot)
+
+
+def _back_and_forth(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, d_out: jax.Array, total: Any,
+    exchange: Exchange,
+) -> tuple[Any, tuple[jax.Array, jax.Array]]:  # fmt: skip
+    """The gradients of matrices added to `total`, and those of x and weights, from that of the result."""
+    route = _route(experts, exchange)
+    token = route.order // experts.shape[1]
+    rows, shares, d_rows = x[token], weights.reshape(-1)[route.order], d_out.astype(x.dtype)[token]
+
+    def one_round(index: jax.Array, state: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
+        total, back, back_share = state
+        moves, numbers = _moves(route, index), _numbers(route, index)
+        empty = jnp.zeros((route.room, x.shape[1]), x.dtype)
+        own, d_own = (_send(a, empty, moves, route, exchange) for a in (rows, d_rows))
+        share = _send(shares, jnp.zeros(route.room, shares.dtype), moves, route, exchange)
+        _, pull = jax.vjp(lambda *a: exchange.compute(a[0], numbers, a[1][:, None], a[2]), own, share, matrices)
+        d_x, d_share, d_matrices = pull(d_own.astype(jnp.float32))
+        total = jax.tree.map(lambda sum_, d: sum_ + d.astype(jnp.float32), total, d_matrices)
+        return (
+            total, _return(d_x, back, moves, route, exchange), _return(d_share, back_share, moves, route, exchange)
+        )  # fmt: skip
+
+    state = (total, jnp.zeros_like(rows), jnp.zeros_like(shares))
+    total, back, back_share = data_loop(0, route.rounds, one_round, state, expected=route.expected)
+    return total, (_gather_sum(back, route.slot), back_share[route.slot])
