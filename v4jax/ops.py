@@ -18,11 +18,15 @@ from kernels_pallas.grouped_experts.reference import swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack, k_major
 from kernels_pallas.hyper_connection import unpack_maps
 from kernels_pallas.index_topk.reference import scores as index_scores
+from kernels_pallas.loops import data_loop
+from kernels_pallas.ordering import by_key
 from kernels_pallas.sparse_attention import merge_partials
 from v4jax.errors import UsageError
 
 __all__ = [
     "ExpertStack",
+    "by_key",
+    "data_loop",
     "forced_implementations",
     "grouped_experts",
     "hyper_connection_leave",

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.grouped_experts import xla
 from kernels_pallas.grouped_experts.reference import swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
+from kernels_pallas.ordering import by_key
 from kernels_pallas.tpu import round_up
 
 _TILE = 512
@@ -47,15 +48,12 @@ class _Rows(NamedTuple):
 
 def _sort(experts: jax.Array, weights: jax.Array, count: int) -> _Rows:
     flat = experts.reshape(-1)
-    picks, rows = flat.shape[0], round_up(flat.shape[0], _TILE)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    slot = jnp.zeros(picks, jnp.int32).at[order].set(jnp.arange(picks, dtype=jnp.int32), unique_indices=True)
-    share = jnp.where(flat[order] < count, weights.reshape(-1)[order], 0.0)
-    padding = (0, rows - picks)
-    sizes = jnp.bincount(flat, length=count).astype(jnp.int32)
-    return _Rows(
-        jnp.pad(order // experts.shape[1], padding), jnp.pad(share, padding), sizes, slot.reshape(experts.shape)
-    )
+    rows = round_up(flat.shape[0], _TILE)
+    order = by_key(flat, count + 1)  # the last key is that of no expert
+    share = jnp.where(flat < count, weights.reshape(-1), 0.0)[order.item]
+    padding = (0, rows - flat.shape[0])
+    token = jnp.pad(order.item // experts.shape[1], padding)
+    return _Rows(token, jnp.pad(share, padding), order.sizes[:count], order.place.reshape(experts.shape))
 
 
 def _by_expert(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, transposed: bool) -> jax.Array:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from v4jax import ops, parallel
@@ -17,7 +18,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.compressor import Compressor, Entries
 from v4jax.model.indexer import Indexer
 from v4jax.model.inputs import LayerInputs
-from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, dot, rms_scale
+from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, rms_scale
 from v4jax.model.placed_attention import (
     first_place,
     join_entries,
@@ -28,6 +29,9 @@ from v4jax.model.placed_attention import (
 )
 from v4jax.model.rope import over_heads, rotate
 from v4jax.quant import simulate_kv
+
+SELECTION = "selection"
+"""The name of a whole pass's selected entries among what recomputation may keep."""
 
 
 class Attention(nnx.Module):
@@ -86,12 +90,9 @@ class Attention(nnx.Module):
 
     def _project_out(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Each group of heads through its own matrix, then all groups together."""
-        rank = self.config.o_lora_rank
-        groups = self.wo_a.weight.shape[0] // rank
-        grouped = out.reshape(*out.shape[:2], groups, -1)
-        weight = self.wo_a.matrix.reshape(groups, rank, -1)
-        latent = [dot(grouped[:, :, g], weight[g], self.policy) for g in range(groups)]
-        return self.wo_b(jnp.concatenate(latent, axis=-1), summed_over=parallel.axes("o_groups"))
+        groups = self.wo_a.weight.shape[0] // self.config.o_lora_rank
+        latent = self.wo_a.grouped(out.reshape(*out.shape[:2], groups, -1))
+        return self.wo_b(latent, summed_over=parallel.axes("o_groups"))
 
     @property
     def _scale(self) -> float:
@@ -149,7 +150,8 @@ class Attention(nnx.Module):
         entries = self.compressor(x, inputs) if 0 < self.spec.ratio <= x.shape[1] else None
         if selection is None and entries is not None and self._has_selection(entries.values.shape[1]):
             keys = self.indexer.compressor(jax.lax.stop_gradient(x), inputs).values
-            selection = self._select(x, latent, inputs, entries, keys)
+            # Without a gradient, and dear: a layer that is recomputed for its backward pass does not choose again.
+            selection = checkpoint_name(self._select(x, latent, inputs, entries, keys), SELECTION)
         keys = jnp.concatenate([parallel.rows_before(kv, window), kv], axis=1)
         key_segment = jnp.concatenate([parallel.rows_before(inputs.segments, window, -1), inputs.segments], axis=1)
         return self._over_entries(q, keys, key_segment, inputs, entries, selection), selection

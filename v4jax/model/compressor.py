@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from v4jax import parallel
 from v4jax.cache import CompressorState, ring_extend, ring_put, ring_rows
@@ -44,6 +44,14 @@ class NewEntries(NamedTuple):
 def _of_all(entries: Entries) -> Entries:
     """The entries of all devices that hold a row, in order."""
     return Entries(*(parallel.join(part, parallel.sequence_axes(), 1) for part in entries))
+
+
+def _positions(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B P"]:
+    """Where the first `count` chosen places of each row are; beyond the last one anything."""
+    rank = jnp.cumsum(chosen, axis=1) - 1
+    rows, places = jnp.indices(chosen.shape, jnp.int32)
+    rank = jnp.where(chosen, rank, count)
+    return jnp.zeros((chosen.shape[0], count), jnp.int32).at[rows, rank].set(places, mode="drop")
 
 
 class Compressor(nnx.Module):
@@ -91,7 +99,7 @@ class Compressor(nnx.Module):
         if names:
             kv, gate = (jnp.concatenate([parallel.rows_before(a, reach), a], axis=1) for a in (kv, gate))
         is_last = (jnp.mod(inputs.positions, self.ratio) == self.ratio - 1) & (inputs.segments > 0)
-        last = jnp.argsort(~is_last, axis=1, stable=True)[:, :count]
+        last = _positions(is_last, count)
         valid = jnp.arange(count) < jnp.sum(is_last, axis=1, keepdims=True)
         rows = last[..., None] + reach + jnp.arange(1 - self.ratio, 1)
 

@@ -130,6 +130,14 @@ def dot(x: jax.Array, weight: jax.Array, policy: DTypePolicy, summed_over: Names
     return parallel.add(out, summed_over).astype(policy.compute)
 
 
+def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy: DTypePolicy) -> Float[Array, "*T GO"]:
+    """Each group of channels through its own matrix, in the compute dtype; results side by side."""
+    x, weight = x.astype(policy.compute), weight.astype(policy.compute)
+    numbers = (((x.ndim - 1,), (2,)), ((x.ndim - 2,), (0,)))
+    out = jax.lax.dot_general(x, weight, numbers, precision=policy.precision, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-2], -1).astype(policy.compute)
+
+
 def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> jax.Array:
     """`x · weightᵀ` accumulated and returned in float32."""
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
@@ -165,16 +173,31 @@ class Linear(nnx.Module):
     @property
     def matrix(self) -> Float[Array, "O I"]:
         """The weight; dequantised here where it is kept in released bytes."""
+        return self._values(0, self.weight.shape[0])
+
+    def _values(self, first: int, count: int) -> Float[Array, "O I"]:
+        """Rows of the weight, dequantised where need be; `first` begins a tile then."""
+        codes = self.weight[...][first : first + count]
         if self.scale is None:
-            return self.weight[...]
+            return codes
         assert self.policy.native is not None
-        codes, scale = self.weight[...], self.scale[...]
+        rows, columns = self.policy.native.tile
+        scale = self.scale[...][first // rows : -(-(first + count) // rows)]
         if scale.dtype == jnp.float8_e8m0fnu:
             # A power of two times three bits of mantissa is exact in bfloat16 too, and half as much to move.
-            rows, columns = self.policy.native.tile
             spread = jnp.repeat(scale.astype(self.policy.param), columns, axis=-1)[:, : codes.shape[1]]
-            return codes.astype(self.policy.param) * jnp.repeat(spread, rows, axis=-2)[: codes.shape[0]]
+            return codes.astype(self.policy.param) * jnp.repeat(spread, rows, axis=-2)[:count]
         return decode_fp8(codes, scale, self.policy.native.tile).astype(self.policy.param)
+
+    def grouped(self, x: Float[Array, "*T G I"]) -> Float[Array, "*T GO"]:
+        """Each group of channels through its own rows of the matrix, in the compute dtype; results side by side."""
+        groups, out_size = x.shape[-2], self.weight.shape[0] // x.shape[-2]
+        if self.scale is not None and self.policy.native is not None and out_size % self.policy.native.tile[0] == 0:
+            # A matrix of its own is dequantised inside its product; a part of a larger one would be written first.
+            parts = (self._values(g * out_size, out_size) for g in range(groups))
+            latent = [dot(x[..., g, :], part, self.policy) for g, part in enumerate(parts)]
+            return jnp.concatenate(latent, axis=-1)
+        return grouped_dot(x, self.matrix.reshape(groups, out_size, -1), self.policy)
 
     def __call__(self, x: Float[Array, "*T I"], *, summed_over: Names = ()) -> Float[Array, "*T O"]:
         """Result in the compute dtype; added up over the mesh axes that divide the inputs, if any."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.loops import data_loop
+from v4jax import ops
 from v4jax.sharding import Names
 
 _BUFFER_BYTES = 256 << 20
@@ -35,8 +35,8 @@ class Exchange(NamedTuple):
     names: Names
     """Mesh axes of the exchange."""
     devices: int
-    count: int
-    """Experts of one device."""
+    experts: int
+    """Of one device."""
     is_ragged: bool
     """Whether the devices implement `ragged_all_to_all`; else buffers travel whole."""
 
@@ -59,7 +59,8 @@ def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _routed(x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange) -> jax.Array:
     def part(arguments: tuple[jax.Array, ...]) -> jax.Array:
-        return _there_and_back(*arguments, matrices, exchange)
+        x, experts, weights = arguments
+        return _there_and_back(x, experts, weights, matrices, exchange)
 
     parts = _parts(x, experts)
     if parts == 1:
@@ -78,8 +79,8 @@ def _routed_bwd(exchange: Exchange, saved: tuple, d_out: jax.Array) -> tuple:
     parts = _parts(x, experts)
 
     def part(total: Any, arguments: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-        *own, d_own = arguments
-        return _back_and_forth(*own, matrices, d_own, total, exchange)
+        x, experts, weights, d_out = arguments
+        return _back_and_forth(x, experts, weights, matrices, d_out, total, exchange)
 
     total = jax.tree.map(lambda matrix: jnp.zeros(matrix.shape, jnp.float32), matrices)
     arguments = _split((x, experts, weights, d_out), parts)
@@ -139,27 +140,23 @@ class _Route(NamedTuple):
 
 
 class _Moves(NamedTuple):
-    """One round: `count[s, d]` rows from place `there[s, d]` of sender s to place `here[s, d]` of receiver d."""
+    """One round: `rows[s, d]` rows from place `there[s, d]` of sender s to place `here[s, d]` of receiver d."""
 
-    count: jax.Array
+    rows: jax.Array
     there: jax.Array
     here: jax.Array
 
 
 def _route(experts: jax.Array, exchange: Exchange) -> _Route:
-    flat, devices = experts.reshape(-1), exchange.devices
-    picks = flat.shape[0]
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    slot = jnp.zeros(picks, jnp.int32).at[order].set(jnp.arange(picks, dtype=jnp.int32), unique_indices=True)
-    load = jnp.bincount(flat, length=devices * exchange.count).astype(jnp.int32)
-    loads = jax.lax.all_gather(load, exchange.names).reshape(devices, devices, exchange.count)
+    picks, devices = experts.size, exchange.devices
+    order = ops.by_key(experts.reshape(-1), devices * exchange.experts)
+    loads = jax.lax.all_gather(order.sizes, exchange.names).reshape(devices, devices, exchange.experts)
     sent = jnp.sum(loads, axis=-1)
     me = jax.lax.axis_index(exchange.names)
+    own = jax.lax.dynamic_index_in_dim(loads, me, 1, keepdims=False)
+    start, offset = (jnp.cumsum(sent, axis=axis) - sent for axis in (1, 0))
     room = math.ceil(_ROOM * picks / _ROW_MULTIPLE) * _ROW_MULTIPLE
-    return _Route(
-        order, slot.reshape(experts.shape), jax.lax.dynamic_index_in_dim(loads, me, 1, keepdims=False), sent,
-        jnp.cumsum(sent, axis=1) - sent, jnp.cumsum(sent, axis=0) - sent, me, room,
-    )  # fmt: skip
+    return _Route(order.item, order.place.reshape(experts.shape), own, sent, start, offset, me, room)
 
 
 def _moves(route: _Route, index: jax.Array) -> _Moves:
@@ -181,12 +178,12 @@ def _numbers(route: _Route, index: jax.Array) -> jax.Array:
 
 def _send(rows: jax.Array, into: jax.Array, moves: _Moves, route: _Route, exchange: Exchange) -> jax.Array:
     """`into` [R, …], zero where something arrives, with the rows of this round in it."""
-    return _move(rows, into, moves.there, moves.count, moves.here, route.me, exchange)
+    return _move(rows, into, moves.there, moves.rows, moves.here, route.me, exchange)
 
 
 def _return(rows: jax.Array, into: jax.Array, moves: _Moves, route: _Route, exchange: Exchange) -> jax.Array:
     """The way back: what came from a place goes to that place."""
-    return _move(rows, into, moves.here.T, moves.count.T, moves.there.T, route.me, exchange)
+    return _move(rows, into, moves.here.T, moves.rows.T, moves.there.T, route.me, exchange)
 
 
 def _move(
@@ -227,7 +224,7 @@ def _there_and_back(
         return _return(out, back, moves, route, exchange)
 
     back = jnp.zeros(rows.shape, jnp.float32)
-    return _gather_sum(data_loop(0, route.rounds, one_round, back, expected=route.expected), route.slot)
+    return _gather_sum(ops.data_loop(0, route.rounds, one_round, back, expected=route.expected), route.slot)
 
 
 def _back_and_forth(
@@ -253,5 +250,5 @@ def _back_and_forth(
         )  # fmt: skip
 
     state = (total, jnp.zeros_like(rows), jnp.zeros_like(shares))
-    total, back, back_share = data_loop(0, route.rounds, one_round, state, expected=route.expected)
+    total, back, back_share = ops.data_loop(0, route.rounds, one_round, state, expected=route.expected)
     return total, (_gather_sum(back, route.slot), back_share[route.slot])

@@ -1,0 +1,39 @@
+"""Matrices by groups of channels: plain, and dequantised group by group."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4jax.dtypes import DTypePolicy, NativeWeights
+from v4jax.model.params import Declare, Linear
+
+GROUPS, IN = 3, 40
+
+
+def grouped_matrices(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Σ over the inputs of each group, float64."""
+    parts = weight.astype(np.float64).reshape(GROUPS, -1, IN)
+    return np.einsum("bsgi,goi->bsgo", x, parts).reshape(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("out", [8, 5])
+@pytest.mark.parametrize("scales", [None, jnp.float8_e8m0fnu, jnp.float32])
+def test_each_group_goes_through_its_own_rows(out: int, scales: object) -> None:
+    """With tiles of 4 rows, groups of 8 begin at a tile and groups of 5 do not."""
+    rng = np.random.default_rng(out)
+    policy = DTypePolicy.named("float32")
+    if scales is not None:
+        policy = dataclasses.replace(policy, native=NativeWeights("fp8", (4, 16)))
+    linear = Linear(IN, GROUPS * out, ("o_groups", None), Declare(policy), released_in_fp8=True)
+    if scales is None:
+        linear.weight.set_value(jnp.asarray(rng.standard_normal((GROUPS * out, IN)), jnp.float32))
+    else:
+        codes = rng.standard_normal((GROUPS * out, IN))
+        linear.weight.set_value(jnp.asarray(codes, jnp.float8_e4m3fn))
+        tiles = -(-GROUPS * out // 4), -(-IN // 16)
+        linear.scale.set_value(jnp.asarray(2.0 ** rng.integers(-3, 4, tiles), scales))
+    x = rng.standard_normal((2, 7, GROUPS, IN)).astype(np.float32)
+    want = grouped_matrices(np.asarray(linear.matrix, np.float32), x)
+    np.testing.assert_allclose(linear.grouped(jnp.asarray(x)), want, rtol=1e-5, atol=1e-5)
