@@ -41,6 +41,7 @@ def sparse_attention(
     *,
     window: int,
     scale: float,
+    is_sound_selection: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S N H"]:
     """One softmax over the last `window` keys, compressed entries and a per-head sink (architecture.md §5).
@@ -58,6 +59,9 @@ def sparse_attention(
       selection: indices into P that a query is restricted to, −1 for none.
       selection_mask: the same as bits, bit j of word w for entry 32 w + j (D = ⌈P / 32⌉). Without either, a query
         attends to all visible entries.
+      is_sound_selection: the caller vouches that each query's `selection` names visible entries only and none twice,
+        as `index_topk` does. Only with it the kernels may read the entries that neighbouring queries chose, one by
+        one, instead of all (`prefill_union`); no other implementation needs to know.
       scale: multiplies the dot products; positive.
       implementation: None (the platform's default), "pallas" (TPU: forward and backward kernels), "xla" (blocked,
         O(S) memory) or "reference" (whole [B, S, N, WS + P] scores).
@@ -72,7 +76,7 @@ def sparse_attention(
     _check(q, keys, entries, entry_end, entry_segment, selection, selection_mask, window, scale)
     return function(
         q, keys, sink, q_position, q_segment, key_segment, entries, entry_end, entry_segment, selection,
-        selection_mask, window=window, scale=scale,
+        selection_mask, window=window, scale=scale, is_sound_selection=is_sound_selection,
     )  # fmt: skip
 
 

@@ -18,14 +18,20 @@ _MASK_GROUP = 32 * LANES
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """Sizes of what a grid step holds."""
+class QuerySizes:
+    """Queries of a grid step."""
 
     queries: int
     """Queries per block: a power of two from 8 to 128, so that a block's window lies in two tiles of 128 keys more
     than the window has."""
     chunk: int
     """Queries of a block that are multiplied at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes(QuerySizes):
+    """Sizes of what a grid step holds."""
+
     entries: int
     """Compressed entries per tile: a multiple of 128 that divides 4096."""
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.sparse_attention.block_sizes import BlockSizes
+from kernels_pallas.sparse_attention.block_sizes import BlockSizes, QuerySizes
 from kernels_pallas.sparse_attention.layout import NEVER, WORD, Operands, Shape
 from kernels_pallas.tpu import LANES, Chip, compiler_params, round_up
 
@@ -41,7 +41,7 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     )  # fmt: skip
 
 
-def window_bias(place: jax.Array, key_segment: jax.Array, block: Any, shape: Shape, sizes: BlockSizes) -> jax.Array:
+def window_bias(place: jax.Array, key_segment: jax.Array, block: Any, shape: Shape, sizes: QuerySizes) -> jax.Array:
     """0 where a query sees a key, `NEVER` elsewhere: [Q, near · 128].
 
     place: [Q, 2]. key_segment: [1, near · 128]. block: index of the block of queries.
@@ -126,7 +126,35 @@ Group = tuple[int, jax.Array]
 """Columns of the bias at which keys begin, and the keys."""
 
 
-def _weigh(groups: list[Group], scores: list[jax.Array], top: jax.Array, c: float) -> tuple[jax.Array, jax.Array]:
+def biased_scores(
+    q: Any, bias: Any, groups: list[Group], *, heads: int, starts: range
+) -> Iterator[tuple[int, list[jax.Array]]]:
+    """First query of a chunk and its scores, chunk by chunk.
+
+    A chunk's products are asked for before the previous chunk is handed out.
+
+    Args:
+      q: reference [1, M, H]. bias: reference [Q, columns]. starts: first queries of the chunks.
+    """
+    ahead: tuple[int, list[jax.Array]] | None = None
+    for start in (*starts, None):
+        current, ahead = ahead, None
+        if start is not None:
+            rows = q[0, pl.ds(start * heads, starts.step * heads)]
+            ahead = start, [product(rows, k, (1, 1)) for _, k in groups]
+        if current is not None:
+            begin, scores = current
+            part = slice(begin, begin + starts.step)
+            yield (
+                begin,
+                [
+                    add_bias(s, bias[part, offset : offset + s.shape[1]], heads)
+                    for s, (offset, _) in zip(scores, groups, strict=True)
+                ],
+            )
+
+
+def weigh(groups: list[Group], scores: list[jax.Array], top: jax.Array, c: float) -> tuple[jax.Array, jax.Array]:
     """(Σ weights per lane, Σ weight · value) under the given maximum."""
     total, value = None, None
     for s, (_, k) in zip(scores, groups, strict=True):
@@ -140,7 +168,8 @@ def _weigh(groups: list[Group], scores: list[jax.Array], top: jax.Array, c: floa
     return total, value
 
 
-def _highest(scores: list[jax.Array], floor: jax.Array) -> jax.Array:
+def highest(scores: list[jax.Array], floor: jax.Array) -> jax.Array:
+    """Largest score of each row, at least `floor`, the same in all lanes."""
     parts = [part for s in scores for part in lane_chunks(s)]
     return jnp.maximum(floor, jnp.max(functools.reduce(jnp.maximum, parts), axis=1, keepdims=True))
 
@@ -170,23 +199,7 @@ def _forward(
     def lines(start: int) -> Any:
         return pl.ds(start * heads, sizes.chunk * heads)
 
-    def biased_scores(groups: list[Group]) -> Iterator[tuple[int, list[jax.Array]]]:
-        """Chunk by chunk; a chunk's products are asked for before the previous chunk is handed out."""
-        ahead: tuple[int, list[jax.Array]] | None = None
-        for start in (*starts, None):
-            current, ahead = ahead, None
-            if start is not None:
-                ahead = start, [product(q[0, lines(start)], k, (1, 1)) for _, k in groups]
-            if current is not None:
-                begin, scores = current
-                part = slice(begin, begin + sizes.chunk)
-                yield (
-                    begin,
-                    [
-                        add_bias(s, bias[part, offset : offset + s.shape[1]], heads)
-                        for s, (offset, _) in zip(scores, groups, strict=True)
-                    ],
-                )
+    scores_of = functools.partial(biased_scores, q, bias, heads=heads, starts=starts)
 
     def far_bias(tile: Any) -> jax.Array:
         assert entry_place is not None
@@ -205,9 +218,9 @@ def _forward(
         if entries is not None:
             bias[:, near:] = far_bias(first[index])
             groups.append((near, entries[0]))
-        for start, scores in biased_scores(groups):
-            top = _highest(scores, per_row(sink[...], sizes.chunk))
-            total, value = _weigh(groups, scores, top, c)
+        for start, scores in scores_of(groups):
+            top = highest(scores, per_row(sink[...], sizes.chunk))
+            total, value = weigh(groups, scores, top, c)
             if carried:
                 for ref, x in zip(carried, (value, top, total), strict=True):
                     ref[lines(start)] = x
@@ -226,11 +239,11 @@ def _forward(
         assert entries is not None
         bias[:, near:] = far_bias(tile)
         groups = [(near, entries[0])]
-        for start, scores in biased_scores(groups):
+        for start, scores in scores_of(groups):
             before = tops[lines(start)]
-            top = _highest(scores, before)
+            top = highest(scores, before)
             rescale = jnp.exp2((before - top) * c)
-            total, value = _weigh(groups, scores, top, c)
+            total, value = weigh(groups, scores, top, c)
             acc[lines(start)] = acc[lines(start)] * across(rescale, shape.dim) + value
             tops[lines(start)] = top
             totals[lines(start)] = totals[lines(start)] * rescale + total
@@ -241,7 +254,7 @@ def _forward(
             finish(start, totals[lines(start)], tops[lines(start)], acc[lines(start)])
 
 
-def input_specs(shape: Shape, sizes: BlockSizes) -> list[pl.BlockSpec]:
+def input_specs(shape: Shape, sizes: QuerySizes) -> list[pl.BlockSpec]:
     """Blocks of q, place, keys, key_segment, entries, entry_place and bits, as far as they exist."""
     steps = shape.tiles
 
@@ -263,17 +276,18 @@ def input_specs(shape: Shape, sizes: BlockSizes) -> list[pl.BlockSpec]:
         *(pl.BlockSpec((1, 1, LANES), near(k, is_row=True)) for k in range(shape.near)),
     ]
     if steps:
+        assert isinstance(sizes, BlockSizes)
+        entries = sizes.entries
         specs += [
-            pl.BlockSpec((1, sizes.entries, shape.dim), lambda b, i, j, f, n, _: (b, tile(b, i, j, f, n), 0)),
-            pl.BlockSpec((1, 2, sizes.entries), lambda b, i, j, f, n, _: (b, 0, tile(b, i, j, f, n))),
+            pl.BlockSpec((1, entries, shape.dim), lambda b, i, j, f, n, _: (b, tile(b, i, j, f, n), 0)),
+            pl.BlockSpec((1, 2, entries), lambda b, i, j, f, n, _: (b, 0, tile(b, i, j, f, n))),
         ]
-    if shape.has_bits:
-        specs.append(
-            pl.BlockSpec(
-                (1, sizes.queries, LANES),
-                lambda b, i, j, f, n, _: (b, i, jax.lax.div(tile(b, i, j, f, n) * sizes.entries, _ENTRIES_PER_GROUP)),
-            )
-        )
+        if shape.has_bits:
+
+            def group(b: Any, i: Any, j: Any, f: Any, n: Any, _: Any) -> tuple[Any, ...]:
+                return b, i, jax.lax.div(tile(b, i, j, f, n) * entries, _ENTRIES_PER_GROUP)
+
+            specs.append(pl.BlockSpec((1, sizes.queries, LANES), group))
     return specs
 
 

@@ -9,9 +9,7 @@ What bounds it is the issue of the copies: 3.5 bundles each (load the index, sca
 address, two operations; start). All else is scheduled between them, for which each block of code between two waits
 has its share of copies: some are left from chunk to chunk, and half a chunk of them to the next step.
 
-A row in HBM is [H / 128, 128], contiguous. As 32-bit words it has one "plane" of 128 per 256 bf16 channels, and a
-word holds two channels 128 apart. The copies put the planes of even rows above those of odd rows, so that two
-registers of words make two of ordinary keys with shifts and masks alone.
+How rows lie in HBM and become keys: `row_words`.
 """
 
 import functools
@@ -29,6 +27,7 @@ from kernels_pallas.sparse_attention.decode_softmax import (
     output_shapes,
     write_outputs,
 )
+from kernels_pallas.sparse_attention.row_words import pack, place_of_row, unpack, word_planes
 from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, check_vmem, compiler_params, round_up, tile_bytes
 
 CHUNK = LANES
@@ -70,7 +69,6 @@ def _kernel(
     coming = jnp.minimum(step, batch - 1)  # its rows are fetched in this step
     following = jnp.minimum(step + 1, batch - 1)
     words = entries if entries.dtype.itemsize == 4 else entries.bitcast(jnp.uint32)
-    is_packed = keys.dtype.itemsize == 2
 
     def chosen_and_seen(sequence, c):
         # One row at a dynamic place: a whole register of rows, of which the right one is rolled to the front.
@@ -94,7 +92,7 @@ def _kernel(
     def fetch(count):
         for _ in range(count):
             c, i = waiting.pop(0)
-            place = i // 2 + rows // 2 * (i % 2) if is_packed else i
+            place = place_of_row(i, rows, keys.dtype)
             pltpu.make_async_copy(words.at[index_smem[c, i]], raw.at[c, :, place], row_arrived.at[c]).start()
             if i == rows - 1:
                 start_indices(c, coming if c == last else following)
@@ -119,7 +117,7 @@ def _kernel(
         def _(c=c):
             wait_rows(c)
 
-        chunk = _unpack(raw.at[c], entry_count[own] > 0, keys.dtype)
+        chunk = unpack(raw.at[c], keys.dtype, entry_count[own] > 0)
         keys[pl.ds(c * rows, rows)] = chunk
         is_seen = chosen_and_seen(own, c)[1][:, :rows]
         scores.append(jnp.where(is_seen, dot(query, chunk, ((1,), (1,))), -jnp.inf))
@@ -146,19 +144,6 @@ def _kernel(
         wait_rows(last, rows - carried)
 
 
-def _unpack(raw, has_entries, dtype):
-    """[planes, R, 128] words of a chunk → [R, H] keys; zeros where the sequence has no entry to see."""
-    if dtype.itemsize == 4:
-        return jnp.concatenate([jnp.where(has_entries, raw[p], 0) for p in range(raw.shape[0])], axis=1)
-    low = jnp.where(has_entries, jnp.uint32(0xFFFF), jnp.uint32(0))
-    high = jnp.where(has_entries, jnp.uint32(0xFFFF0000), jnp.uint32(0))
-    columns, half = [], raw.shape[1] // 2
-    for p in range(raw.shape[0]):
-        even, odd = raw[p, pl.ds(0, half)], raw[p, pl.ds(half, half)]
-        columns += [(even & low) | ((odd & low) << 16), ((even & high) >> 16) | (odd & high)]
-    return jnp.concatenate([pltpu.bitcast(words, dtype) for words in columns], axis=1)
-
-
 def attend_rows(
     layer: jax.Array, ring_count: jax.Array, entry_count: jax.Array, q: jax.Array, ring: jax.Array, sink: jax.Array,
     entries: jax.Array, selection: jax.Array, *, scale: float, is_partial: bool, chip: Chip,
@@ -182,7 +167,7 @@ def attend_rows(
         selection = selection.reshape(-1, chunks * LANES)
     topk = chunks * rows
     dtype = entries.dtype
-    planes, word = (dim // LANES, dtype) if dtype.itemsize == 4 else (dim // (2 * LANES), jnp.uint32)
+    planes, word = word_planes(dim, dtype)
     outputs = output_shapes(q.shape, q.dtype, is_partial)
     scratch = [
         ((heads, LANES), jnp.float32),
@@ -239,10 +224,4 @@ def attend_rows(
     if word == dtype:
         return call(*near, flat)
     # The interpreter cannot reinterpret an array that it copies from: off TPU the words are made beforehand.
-    return jax.lax.platform_dependent(flat, tpu=lambda x: call(*near, x), default=lambda x: call(*near, _pack(x)))
-
-
-def _pack(rows: jax.Array) -> jax.Array:
-    """[R, H / 128, 128] bf16 → the 32-bit words [R, H / 256, 128] that lie in a TPU's memory."""
-    pairs = rows.reshape(rows.shape[0], -1, 2, LANES)
-    return jax.lax.bitcast_convert_type(jnp.moveaxis(pairs, 2, -1), jnp.uint32)
+    return jax.lax.platform_dependent(flat, tpu=lambda x: call(*near, x), default=lambda x: call(*near, pack(x)))

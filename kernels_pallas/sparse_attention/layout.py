@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.sparse_attention.block_sizes import BlockSizes
+from kernels_pallas.sparse_attention.block_sizes import BlockSizes, QuerySizes
 from kernels_pallas.tpu import LANES, SUBLANES, cdiv, round_up
 
 NEVER = -1e30
@@ -76,7 +76,7 @@ def pad_to(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def rows(x: Float[Array, "B S N H"], shape: Shape, sizes: BlockSizes) -> Float[Array, "B M H2"]:
+def rows(x: Float[Array, "B S N H"], shape: Shape, sizes: QuerySizes) -> Float[Array, "B M H2"]:
     """Queries × heads as rows, padded."""
     x = pad_to(pad_to(x, 3, shape.dim), 2, shape.heads)
     x = pad_to(x, 1, shape.blocks * sizes.queries)
@@ -90,11 +90,14 @@ def unrows(x: Float[Array, "B M H2"], shape: Shape, like: Float[Array, "B S N H"
 
 
 def shape_of(
-    q: Float[Array, "B S N H"], window: int, entries: Float[Array, "B P H"] | None, has_bits: bool, sizes: BlockSizes
+    q: Float[Array, "B S N H"], window: int, entries: Float[Array, "B P H"] | None, has_bits: bool, sizes: QuerySizes
 ) -> Shape:
     """Static sizes of a call."""
     batch, length, heads, dim = q.shape
-    tiles = 0 if entries is None else cdiv(entries.shape[1], sizes.entries)
+    tiles = 0
+    if entries is not None:
+        assert isinstance(sizes, BlockSizes)
+        tiles = cdiv(entries.shape[1], sizes.entries)
     return Shape(
         batch, cdiv(length, sizes.queries), round_up(heads, SUBLANES), round_up(dim, LANES), window,
         cdiv(window, LANES) + 1, tiles, cdiv(max(tiles, 1), WORD), has_bits,
@@ -113,7 +116,7 @@ def operands(
     entry_segment: Int[Array, "B P"] | None,
     bits: Int[Array, "B S D"] | None,
     shape: Shape,
-    sizes: BlockSizes,
+    sizes: QuerySizes,
     scale: float,
 ) -> Operands:
     """Pads what is not whole tiles (nothing, at production shapes) and finds the tiles that each block meets."""
@@ -137,6 +140,7 @@ def operands(
         return Operands(nothing, nothing, nothing, *whole, None, None, None, sink_rows)
     assert entry_end is not None
     assert entry_segment is not None
+    assert isinstance(sizes, BlockSizes)
     size = shape.tiles * sizes.entries
     entries = pad_to(pad_to(entries, 2, shape.dim), 1, size)
     entry_place = jnp.stack([pad_to(entry_end, 1, size, _LATE), pad_to(entry_segment, 1, size, -1)], axis=1)

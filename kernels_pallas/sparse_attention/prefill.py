@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.sparse_attention import kernel, kernel_bwd
+from kernels_pallas.sparse_attention import kernel, kernel_bwd, prefill_union
 from kernels_pallas.sparse_attention.block_sizes import (
     BlockSizes,
     backward_bytes,
@@ -15,6 +15,7 @@ from kernels_pallas.sparse_attention.block_sizes import (
     check_forward,
     default_block_sizes,
 )
+from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes, default_union_sizes
 from kernels_pallas.sparse_attention.kernel_bits import bits_of_selection
 from kernels_pallas.sparse_attention.layout import (
     NEVER,
@@ -39,7 +40,10 @@ class _Places(NamedTuple):
     key_segment: jax.Array
     entry_end: jax.Array | None
     entry_segment: jax.Array | None
+    selection: jax.Array | None
+    """Of the union path."""
     bits: jax.Array | None
+    """Of the dense path."""
 
 
 class _Static(NamedTuple):
@@ -47,6 +51,8 @@ class _Static(NamedTuple):
     scale: float
     forward: BlockSizes
     backward: BlockSizes
+    union: UnionSizes | None
+    """Of the union path, where it is taken."""
     chip: Chip
 
 
@@ -65,10 +71,15 @@ def sparse_attention(
     *,
     window: int,
     scale: float,
+    is_sound_selection: bool = False,
     forward_sizes: BlockSizes | None = None,
     backward_sizes: BlockSizes | None = None,
+    union_sizes: UnionSizes | None = None,
 ) -> Float[Array, "B S N H"]:
-    """See `api.sparse_attention`. Block sizes: None for those of the chip that is compiled for.
+    """See `api.sparse_attention`.
+
+    The union path is taken for a sound list of which `prefill_union.is_worth_it` says so, or where its block sizes are
+    given; the dense one otherwise. Block sizes: None for those of the chip that is compiled for.
 
     Raises:
       ValueError: blocks that do not fit into VMEM, with the bytes needed and available.
@@ -78,16 +89,20 @@ def sparse_attention(
     size = 0 if entries is None else entries.shape[1]
     if size == 0:
         entries, entry_end, entry_segment, selection, selection_mask = None, None, None, None, None
-    if selection is not None:
-        selection_mask = bits_of_selection(selection, size, current_chip())
     heads = round_up(q.shape[2], SUBLANES)
+    if selection is None or not is_sound_selection:
+        union_sizes = None
+    elif prefill_union.is_worth_it(selection.shape[-1], size):
+        union_sizes = union_sizes or default_union_sizes(heads, q.dtype)
+    if selection is not None and union_sizes is None:
+        selection, selection_mask = None, bits_of_selection(selection, size, current_chip())
     static = _Static(
         window, scale,
         forward_sizes or default_block_sizes(heads, size, q.dtype),
         backward_sizes or default_block_sizes(heads, size, q.dtype, is_backward=True),
-        current_chip(),
+        union_sizes, current_chip(),
     )  # fmt: skip
-    places = _Places(q_position, q_segment, key_segment, entry_end, entry_segment, selection_mask)
+    places = _Places(q_position, q_segment, key_segment, entry_end, entry_segment, selection, selection_mask)
     if selection_mask is not None:
         places = places._replace(bits=selection_mask.astype(jnp.int32))
     return _attention(static, q, keys, sink, entries, places)
@@ -108,12 +123,21 @@ def _operands(static: _Static, sizes: BlockSizes, q: Any, keys: Any, sink: Any, 
 def _run(
     static: _Static, q: Any, keys: Any, sink: Any, entries: Any, places: _Places, *, with_stats: bool
 ) -> tuple[jax.Array, jax.Array | None]:
+    if static.union is not None:
+        return prefill_union.run(*_of_union(static, q, keys, sink, entries, places), with_stats=with_stats)
     sizes = static.forward
     shape = _shape(static, sizes, q, entries, places)
     check_forward(sizes, shape.heads, shape.dim, shape.window, shape.tiles, q.dtype, static.chip)
     given = _operands(static, sizes, q, keys, sink, entries, places)
     out, stats = kernel.forward(given, shape, sizes, scale=static.scale, with_stats=with_stats, chip=static.chip)
     return unrows(out, shape, q), stats if stats is None else stats[:, : q.shape[1]]
+
+
+def _of_union(static: _Static, q: Any, keys: Any, sink: Any, entries: Any, places: _Places) -> tuple[Any, ...]:
+    assert static.union is not None
+    assert places.selection is not None
+    own = prefill_union.Static(static.window, static.scale, static.union, static.chip)
+    return own, q, keys, sink, entries, prefill_union.Places(*places[:3], places.selection)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,6 +152,8 @@ def _attention_fwd(static: _Static, q: Any, keys: Any, sink: Any, entries: Any, 
 
 def _attention_bwd(static: _Static, saved: Any, d_out: jax.Array) -> Any:
     q, keys, sink, entries, places, out, stats = saved
+    if static.union is not None:
+        places = places._replace(bits=bits_of_selection(places.selection, entries.shape[1], static.chip))
     parts = _splits(static, q, entries, places)
     dq, dkeys, dsink, dentries = 0.0, 0.0, 0.0, []
     for number, (begin, end) in enumerate(parts):

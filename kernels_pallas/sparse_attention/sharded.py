@@ -31,6 +31,7 @@ def sharded_sparse_attention(
     head_axes: Axes = None,
     window: int,
     scale: float,
+    is_sound_selection: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S N H"]:
     """`sparse_attention` inside `shard_map`; gradients to keys and entries are summed over the head axes.
@@ -61,7 +62,9 @@ def sharded_sparse_attention(
     specs |= dict(q=PartitionSpec(batch, None, heads), sink=PartitionSpec(heads))
 
     def local(arrays: dict[str, Any]) -> jax.Array:
-        return sparse_attention(**arrays, window=window, scale=scale, implementation=implementation)
+        return sparse_attention(
+            **arrays, window=window, scale=scale, is_sound_selection=is_sound_selection, implementation=implementation
+        )
 
     # A kernel's results carry no record of what varies over which axis, so the check of it has to be off.
     return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs["q"], check_vma=False)(arrays)

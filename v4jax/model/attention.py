@@ -137,7 +137,7 @@ class Attention(nnx.Module):
         far = (None, None, None) if entries is None or entries.values.shape[1] == 0 else entries
         return ops.sparse_attention(
             q, keys, self.attn_sink[...], inputs.positions, inputs.segments, key_segment, *far, selection,
-            window=self.config.sliding_window, scale=self._scale,
+            window=self.config.sliding_window, scale=self._scale, is_sound_selection=True,
         )  # fmt: skip
 
     def _attend(
