@@ -14,6 +14,7 @@ _ROWS = 2048
 """Rows of a tile, queries × heads: a copy of a member's row costs as much as multiplying it by some 1000 rows."""
 _CHUNK_ROWS = 1024
 """Rows whose softmax overlaps with the products of the next ones."""
+_CHUNK_ROWS_BACK = 512
 _MEMBERS = 512
 """Members of a block: fewer would rescale the accumulator more often, more would leave more of the last block empty."""
 
@@ -34,16 +35,24 @@ class UnionSizes(QuerySizes):
             )
 
 
-def default_union_sizes(heads: int, dtype: DTypeLike) -> UnionSizes:
-    """Blocks for this many heads (padded to 8)."""
+def default_union_sizes(heads: int, dtype: DTypeLike) -> tuple[UnionSizes, UnionSizes]:
+    """Forward and backward blocks for this many heads (padded to 8)."""
     narrow = jnp.dtype(dtype).itemsize // 2  # float32 rows take twice the room
     queries = WORD
     while queries > SUBLANES and queries * heads > _ROWS // narrow:
         queries //= 2
+    return tuple(  # pyright: ignore[reportReturnType]
+        UnionSizes(queries, _chunk(queries, heads, rows // narrow), _MEMBERS // narrow)
+        for rows in (_CHUNK_ROWS, _CHUNK_ROWS_BACK)
+    )
+
+
+def _chunk(queries: int, heads: int, rows: int) -> int:
+    """Queries of a chunk of about so many rows, which are whole registers of lanes."""
     chunk = queries
-    while chunk > 1 and chunk * heads > _CHUNK_ROWS // narrow:
+    while chunk % 2 == 0 and chunk * heads > rows and chunk // 2 * heads % LANES == 0:
         chunk //= 2
-    return UnionSizes(queries, chunk, _MEMBERS // narrow)
+    return chunk
 
 
 def check_forward(
@@ -63,5 +72,27 @@ def check_forward(
     values = 2 * sizes.chunk * heads * columns * 6 + sizes.chunk * heads * dim * 4
     check_vmem(
         f"sparse_attention over unions, {heads} heads × {dim}, {sizes}", 2 * blocks + scratch + values, chip,
+        "use fewer queries or members",
+    )  # fmt: skip
+
+
+def check_backward(
+    sizes: UnionSizes, heads: int, dim: int, window: int, capacity: int, dtype: DTypeLike, chip: Chip
+) -> None:
+    """Refuses a backward kernel that does not fit.
+
+    Raises:
+      ValueError: with the bytes needed and available.
+    """
+    rows, near, chunk = sizes.queries * heads, round_up(window, LANES) + LANES, sizes.chunk * heads
+    blocks = 3 * tile_bytes((rows, dim), dtype) + tile_bytes((near, dim), dtype) + tile_bytes((near, dim), jnp.float32)
+    blocks += tile_bytes((1, capacity), jnp.int32) + 4 * tile_bytes((1, rows), jnp.float32)
+    planes, word = word_planes(dim, dtype)
+    scratch = tile_bytes((planes, sizes.rows, LANES), word) + tile_bytes((sizes.rows, LANES), jnp.int32)
+    scratch += tile_bytes((sizes.rows, dim), dtype) + tile_bytes((dim, sizes.rows), dtype)
+    scratch += tile_bytes((dim, rows), jnp.float32) + 2 * tile_bytes((sizes.rows, dim), jnp.float32)
+    values = sizes.rows * chunk * 24 + 2 * chunk * dim * 4
+    check_vmem(
+        f"sparse_attention backward over unions, {heads} heads × {dim}, {sizes}", 2 * blocks + scratch + values, chip,
         "use fewer queries or members",
     )  # fmt: skip

@@ -89,6 +89,17 @@ def unrows(x: Float[Array, "B M H2"], shape: Shape, like: Float[Array, "B S N H"
     return whole[:, : like.shape[1], : like.shape[2], : like.shape[3]]
 
 
+def join_near(parts: Float[Array, "B A C H2"], shape: Shape, keys: Float[Array, "B WS H"]) -> Float[Array, "B WS H"]:
+    """Sums the gradients of overlapping spans of keys: span a begins at tile a."""
+    batch, firsts, _, _ = parts.shape
+    parts = parts.reshape(batch, firsts, shape.near, LANES, shape.dim)
+    tiles = firsts + shape.near - 1
+    total = sum(jnp.pad(parts[:, :, k], [(0, 0), (k, tiles - firsts - k), (0, 0), (0, 0)]) for k in range(shape.near))
+    front = shape.lead - shape.window
+    flat = jnp.asarray(total).reshape(batch, tiles * LANES, shape.dim)
+    return flat[:, front : front + keys.shape[1], : keys.shape[2]]
+
+
 def shape_of(
     q: Float[Array, "B S N H"], window: int, entries: Float[Array, "B P H"] | None, has_bits: bool, sizes: QuerySizes
 ) -> Shape:

@@ -20,13 +20,14 @@ from kernels_pallas.sparse_attention.kernel_bits import bits_of_selection
 from kernels_pallas.sparse_attention.layout import (
     NEVER,
     Shape,
+    join_near,
     operands,
     pad_to,
     rows,
     shape_of,
     unrows,
 )
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, current_chip, round_up, vmem_budget
+from kernels_pallas.tpu import SUBLANES, Chip, current_chip, round_up, vmem_budget
 
 _SPLIT = 4096
 """Entries per register row of mask words: long contexts are differentiated in multiples of it."""
@@ -51,8 +52,8 @@ class _Static(NamedTuple):
     scale: float
     forward: BlockSizes
     backward: BlockSizes
-    union: UnionSizes | None
-    """Of the union path, where it is taken."""
+    union: tuple[UnionSizes, UnionSizes] | None
+    """Forward and backward, of the union path where it is taken."""
     chip: Chip
 
 
@@ -74,7 +75,7 @@ def sparse_attention(
     is_sound_selection: bool = False,
     forward_sizes: BlockSizes | None = None,
     backward_sizes: BlockSizes | None = None,
-    union_sizes: UnionSizes | None = None,
+    union_sizes: tuple[UnionSizes, UnionSizes] | None = None,
 ) -> Float[Array, "B S N H"]:
     """See `api.sparse_attention`.
 
@@ -136,7 +137,7 @@ def _run(
 def _of_union(static: _Static, q: Any, keys: Any, sink: Any, entries: Any, places: _Places) -> tuple[Any, ...]:
     assert static.union is not None
     assert places.selection is not None
-    own = prefill_union.Static(static.window, static.scale, static.union, static.chip)
+    own = prefill_union.Static(static.window, static.scale, *static.union, static.chip)
     return own, q, keys, sink, entries, prefill_union.Places(*places[:3], places.selection)
 
 
@@ -153,7 +154,9 @@ def _attention_fwd(static: _Static, q: Any, keys: Any, sink: Any, entries: Any, 
 def _attention_bwd(static: _Static, saved: Any, d_out: jax.Array) -> Any:
     q, keys, sink, entries, places, out, stats = saved
     if static.union is not None:
-        places = places._replace(bits=bits_of_selection(places.selection, entries.shape[1], static.chip))
+        given = _of_union(static, q, keys, sink, entries, places)
+        found = prefill_union.gradients(*given, out=out, d_out=d_out, stats=stats)
+        return *(x.astype(like.dtype) for x, like in zip(found, (q, keys, sink, entries), strict=True)), None
     parts = _splits(static, q, entries, places)
     dq, dkeys, dsink, dentries = 0.0, 0.0, 0.0, []
     for number, (begin, end) in enumerate(parts):
@@ -219,15 +222,4 @@ def _gradients(
     if found.entries is not None:
         turned = jnp.swapaxes(found.entries, 2, 3).reshape(shape.batch, -1, shape.dim)
         dentries = turned[:, : entries.shape[1], :dim]
-    return unrows(found.q, shape, q), _join_near(found.keys, shape, keys), dsink, dentries
-
-
-def _join_near(parts: Float[Array, "B A H2 C"], shape: Shape, keys: Float[Array, "B WS H"]) -> Float[Array, "B WS H"]:
-    """Sums the gradients of overlapping spans of keys: span a begins at tile a."""
-    batch, firsts, _, _ = parts.shape
-    turned = jnp.swapaxes(parts, 2, 3).reshape(batch, firsts, shape.near, LANES, shape.dim)
-    tiles = firsts + shape.near - 1
-    total = sum(jnp.pad(turned[:, :, k], [(0, 0), (k, tiles - firsts - k), (0, 0), (0, 0)]) for k in range(shape.near))
-    front = shape.lead - shape.window
-    flat = jnp.asarray(total).reshape(batch, tiles * LANES, shape.dim)
-    return flat[:, front : front + keys.shape[1], : keys.shape[2]]
+    return unrows(found.q, shape, q), join_near(jnp.swapaxes(found.keys, 2, 3), shape, keys), dsink, dentries

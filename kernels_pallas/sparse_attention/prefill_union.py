@@ -1,15 +1,27 @@
 """`sparse_attention` over the unions of neighbouring selections: lists, padding, rows of entries as words."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.sparse_attention import kernel_gather
-from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes, check_forward
+from kernels_pallas.sparse_attention import kernel_gather, kernel_gather_bwd
+from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes, check_backward, check_forward
+from kernels_pallas.sparse_attention.kernel import LOG2_E
 from kernels_pallas.sparse_attention.kernel_gather import Lists
 from kernels_pallas.sparse_attention.kernel_union import unions
-from kernels_pallas.sparse_attention.layout import Operands, Shape, operands, pad_to, shape_of, unrows
+from kernels_pallas.sparse_attention.layout import (
+    NEVER,
+    Operands,
+    Shape,
+    join_near,
+    operands,
+    pad_to,
+    rows,
+    shape_of,
+    unrows,
+)
 from kernels_pallas.sparse_attention.row_words import pack, word_planes
 from kernels_pallas.tpu import LANES, Chip, round_up
 
@@ -19,7 +31,8 @@ class Static(NamedTuple):
 
     window: int
     scale: float
-    sizes: UnionSizes
+    forward: UnionSizes
+    backward: UnionSizes
     chip: Chip
     blocks: int | None = None
     """Fixes the number of blocks of every union; None: as many as it has."""
@@ -49,13 +62,12 @@ def expected_members(topk: int, entries: int) -> int:
     return min(entries, 2 * topk)
 
 
-def _shape(static: Static, q: jax.Array) -> Shape:
-    shape = shape_of(q, static.window, None, False, static.sizes)
+def _shape(sizes: UnionSizes, window: int, q: jax.Array) -> Shape:
+    shape = shape_of(q, window, None, False, sizes)
     return shape._replace(dim=round_up(shape.dim, LANES * 4 // q.dtype.itemsize))
 
 
-def _lists(static: Static, selection: jax.Array, size: int) -> Lists:
-    sizes = static.sizes
+def _lists(static: Static, sizes: UnionSizes, selection: jax.Array, size: int) -> Lists:
     found = unions(selection, sizes.queries, static.chip)
     batch, tiles, capacity = found.members.shape
     address = jnp.clip(found.members, 0, size - 1) + jnp.arange(batch, dtype=jnp.int32)[:, None, None] * size
@@ -65,10 +77,10 @@ def _lists(static: Static, selection: jax.Array, size: int) -> Lists:
     return Lists(found.size.reshape(-1), jnp.concatenate([first, address], axis=-1), words)
 
 
-def _operands(static: Static, q: Any, keys: Any, sink: Any, places: Places) -> Operands:
-    return operands(
-        q, keys, sink, *places[:3], None, None, None, None, _shape(static, q), static.sizes, static.scale
-    )  # fmt: skip
+def _operands(
+    static: Static, shape: Shape, sizes: UnionSizes, q: Any, keys: Any, sink: Any, places: Places
+) -> Operands:
+    return operands(q, keys, sink, *places[:3], None, None, None, None, shape, sizes, static.scale)
 
 
 def _row_source(entries: jax.Array, dim: int) -> jax.Array:
@@ -87,20 +99,15 @@ def run(
     Raises:
       ValueError: blocks that do not fit into VMEM.
     """
-    shape, size = _shape(static, q), entries.shape[1]
-    lists = _lists(static, places.selection, size)
-    check_forward(
-        static.sizes, shape.heads, shape.dim, shape.window, lists.words.shape[-1], q.dtype, static.chip
+    sizes, shape, size = static.forward, _shape(static.forward, static.window, q), entries.shape[1]
+    lists = _lists(static, sizes, places.selection, size)
+    check_forward(sizes, shape.heads, shape.dim, shape.window, lists.words.shape[-1], q.dtype, static.chip)
+    given = _operands(static, shape, sizes, q, keys, sink, places)
+    call = functools.partial(
+        kernel_gather.forward, lists, given, shape=shape, sizes=sizes, scale=static.scale, blocks=static.blocks,
+        expected=expected_members(places.selection.shape[-1], size), with_stats=with_stats, chip=static.chip,
     )  # fmt: skip
-    given = _operands(static, q, keys, sink, places)
-
-    def call(source: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        return kernel_gather.forward(
-            lists, given, source, shape, static.sizes, scale=static.scale, blocks=static.blocks,
-            expected=expected_members(places.selection.shape[-1], size), with_stats=with_stats, chip=static.chip,
-        )  # fmt: skip
-
-    out, stats = with_words(call, _row_source(entries, shape.dim))
+    out, stats = with_words(lambda x: call(source=x), _row_source(entries, shape.dim))
     return unrows(out, shape, q), stats if stats is None else stats[:, : q.shape[1]]
 
 
@@ -112,3 +119,47 @@ def with_words(call: Any, source: jax.Array) -> Any:
     if word_planes(LANES, source.dtype)[1] == source.dtype:
         return call(source)
     return jax.lax.platform_dependent(source, tpu=call, default=lambda x: call(pack(x)))
+
+
+def gradients(
+    static: Static, q: Any, keys: Any, sink: Any, entries: Any, places: Places, out: Any, d_out: Any, stats: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients to q in its dtype, and in float32 to keys, sink and entries.
+
+    Args:
+      out, d_out: [B, S, N, H], the output and its cotangent. stats: from `run`.
+
+    Raises:
+      ValueError: blocks that do not fit into VMEM.
+    """
+    sizes, shape = static.backward, _shape(static.backward, static.window, q)
+    size, dim = entries.shape[1:]
+    lists = _lists(static, sizes, places.selection, size)
+    capacity = lists.words.shape[-1]
+    check_backward(sizes, shape.heads, shape.dim, shape.window, capacity, q.dtype, static.chip)
+    given = _operands(static, shape, sizes, q, keys, sink, places)
+    spare = shape.batch * size + jnp.arange(capacity, dtype=jnp.int32) % sizes.rows
+    sums = jnp.where(lists.words != 0, lists.addresses[..., sizes.rows :], spare)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    stats = stats[..., : shape.heads]
+    share = jnp.exp2(sink.astype(jnp.float32) * LOG2_E - stats[..., : q.shape[2]]) * delta
+    per_row = kernel_gather_bwd.PerRow(
+        _on_lanes(stats, shape, sizes, -NEVER),  # so that no weight of a query that is none overflows
+        _on_lanes(delta, shape, sizes, 0),
+        _on_lanes(jnp.broadcast_to(places.q_segment[..., None], stats.shape), shape, sizes, -1),
+        jnp.repeat(jnp.arange(sizes.queries, dtype=jnp.int32), shape.heads).reshape(1, 1, -1),
+    )
+    call = functools.partial(
+        kernel_gather_bwd.backward, lists, sums, per_row, given, rows(d_out, shape, sizes), shape=shape, sizes=sizes,
+        scale=static.scale, expected=expected_members(places.selection.shape[-1], size), chip=static.chip,
+        blocks=static.blocks,
+    )  # fmt: skip
+    dq, dkeys, dentries = with_words(lambda x: call(source=x), _row_source(entries, shape.dim))
+    dentries = dentries[: shape.batch * size, :dim].reshape(entries.shape)
+    return unrows(dq, shape, q), join_near(dkeys, shape, keys), -jnp.sum(share, axis=(0, 1)), dentries
+
+
+def _on_lanes(x: jax.Array, shape: Shape, sizes: UnionSizes, fill: float) -> jax.Array:
+    """[B, S, N] → [B · T, 1, queries × heads of a tile]."""
+    whole = pad_to(pad_to(x, 2, shape.heads, fill), 1, shape.blocks * sizes.queries, fill)
+    return whole.reshape(shape.batch * shape.blocks, 1, -1)

@@ -14,7 +14,7 @@ from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes
 from kernels_pallas.sparse_attention.kernel_union import unions
 from kernels_pallas.tpu import CHIPS
 
-SMALL = UnionSizes(8, 4, 128)
+SMALL = (UnionSizes(8, 4, 128), UnionSizes(8, 4, 128))
 
 
 # ---- unions ----------------------------------------------------------------------------------------------------------
