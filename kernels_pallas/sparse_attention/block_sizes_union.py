@@ -55,6 +55,12 @@ def _chunk(queries: int, heads: int, rows: int) -> int:
     return chunk
 
 
+def _check_groups(sizes: UnionSizes, capacity: int) -> None:
+    group = capacity // LANES
+    if sizes.rows % group:
+        raise ValueError(f"block sizes: got {sizes}, need members a multiple of {group} for {capacity} places")
+
+
 def check_forward(
     sizes: UnionSizes, heads: int, dim: int, window: int, capacity: int, dtype: DTypeLike, chip: Chip
 ) -> None:
@@ -63,9 +69,10 @@ def check_forward(
     Raises:
       ValueError: with the bytes needed and available.
     """
+    _check_groups(sizes, capacity)
     rows, near = sizes.queries * heads, round_up(window, LANES) + LANES
     columns = near + sizes.rows
-    blocks = 2 * tile_bytes((rows, dim), dtype) + tile_bytes((near, dim), dtype) + tile_bytes((1, capacity), jnp.int32)
+    blocks = 2 * tile_bytes((rows, dim), dtype) + tile_bytes((near, dim), dtype) + capacity * 4
     planes, word = word_planes(dim, dtype)
     scratch = tile_bytes((planes, sizes.rows, LANES), word) + tile_bytes((sizes.rows, dim), dtype)
     scratch += tile_bytes((sizes.queries, columns), jnp.float32) + tile_bytes((rows, dim + 2 * LANES), jnp.float32)
@@ -84,9 +91,10 @@ def check_backward(
     Raises:
       ValueError: with the bytes needed and available.
     """
+    _check_groups(sizes, capacity)
     rows, near, chunk = sizes.queries * heads, round_up(window, LANES) + LANES, sizes.chunk * heads
     blocks = 3 * tile_bytes((rows, dim), dtype) + tile_bytes((near, dim), dtype) + tile_bytes((near, dim), jnp.float32)
-    blocks += tile_bytes((1, capacity), jnp.int32) + 4 * tile_bytes((1, rows), jnp.float32)
+    blocks += capacity * 4 + 4 * tile_bytes((1, rows), jnp.float32)
     planes, word = word_planes(dim, dtype)
     scratch = tile_bytes((planes, sizes.rows, LANES), word) + tile_bytes((sizes.rows, LANES), jnp.int32)
     scratch += tile_bytes((sizes.rows, dim), dtype) + tile_bytes((dim, sizes.rows), dtype)

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int
 
 from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes
 from kernels_pallas.sparse_attention.kernel import (
@@ -39,25 +38,25 @@ from kernels_pallas.tpu import LANES, Chip, compiler_params, round_up
 
 
 class Lists(NamedTuple):
-    """Unions as the kernels read them."""
+    """Unions as the kernels read them; places in rows of 128."""
 
     counts: jax.Array
     """int32 [B · T]: members."""
     addresses: jax.Array
-    """int32 [B · T, 1, R + C]: rows of the next tile's first block, then those of the tile's members."""
+    """int32 [B · T, (R + C) / 128, 128]: rows of the next tile's first block, then those of the tile's members."""
     words: jax.Array
-    """int32 [B · T, 1, C]: which of the tile's queries chose a member, 0 beyond the members."""
+    """int32 [B · T, C / 128, 128]: which of the tile's queries chose a member, 0 where there is none."""
 
 
 def start_row(source: Any, addresses: Any, first: Any, row: Any, raw: Any, arrived: Any, dtype: Any) -> None:
     """Starts the copy of one row of a block.
 
     Args:
-      source: HBM [rows, planes, 128]. addresses: SMEM [1, 1, ·]. first: place of the block's addresses.
+      source: HBM [rows, planes, 128]. addresses: SMEM [1, ·, 128]. first: where the block's addresses begin, a row.
       raw: VMEM [planes, R, 128]. arrived: semaphore, for all rows.
     """
     to = raw.at[:, place_of_row(row, raw.shape[1], dtype)]
-    pltpu.make_async_copy(source.at[addresses[0, 0, first + row]], to, arrived).start()
+    pltpu.make_async_copy(source.at[addresses[0, first + row // LANES, row % LANES]], to, arrived).start()
 
 
 def wait_rows(raw: Any, arrived: Any, part: slice) -> None:
@@ -66,10 +65,11 @@ def wait_rows(raw: Any, arrived: Any, part: slice) -> None:
     pltpu.make_async_copy(here, here, arrived).wait()
 
 
-def member_bias(words: Int[Array, "1 R"], queries: int) -> jax.Array:
-    """0 where a query chose a member, `NEVER` elsewhere: [Q, R]."""
-    query = jax.lax.broadcasted_iota(jnp.int32, (queries, words.shape[1]), 0)
-    return jnp.where(jnp.right_shift(words, query) & 1 == 1, 0.0, NEVER)
+def member_bias(words: Any, first: Any, queries: int, rows: int) -> jax.Array:
+    """0 where a query chose a member of the block whose words [1, ·, 128] begin at a row, `NEVER` elsewhere: [Q, R]."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (queries, LANES), 0)
+    parts = [jnp.right_shift(words[0, pl.ds(first + row, 1)], query) & 1 == 1 for row in range(rows // LANES)]
+    return jnp.where(jnp.concatenate(parts, axis=1), 0.0, NEVER)
 
 
 def _gather(
@@ -78,10 +78,10 @@ def _gather(
 ) -> None:  # fmt: skip
     """The grid step.
 
-    counts: SMEM [B · T], members. addresses: SMEM [1, 1, R + C], the next tile's first block, then this tile's.
-    words: [1, 1, C]. refs: q [1, M, H], place [1, Q, 2], near × keys [1, 128, H], near × key_segment [1, 1, 128], sink
-    [N, 128], entries HBM [B · P, planes, 128]; out [1, M, H], stats [1, Q, N]; scratch raw [planes, R, 128], keys
-    [R, H], bias [Q, near · 128 + R], acc [M, H], top [M, 128], total [M, 128], semaphore.
+    counts: SMEM [B · T], members. addresses: SMEM [1, (R + C) / 128, 128], the next tile's first block, then this
+    tile's. words: [1, C / 128, 128]. refs: q [1, M, H], place [1, Q, 2], near × keys [1, 128, H], near × key_segment
+    [1, 1, 128], sink [N, 128], entries HBM [B · P, planes, 128]; out [1, M, H], stats [1, Q, N]; scratch raw
+    [planes, R, 128], keys [R, H], bias [Q, near · 128 + R], acc [M, H], top [M, 128], total [M, 128], semaphores.
     """
     waiting = iter(refs)
     q, place = next(waiting), next(waiting)
@@ -97,7 +97,7 @@ def _gather(
     source = entries if raw.dtype == entries.dtype else entries.bitcast(raw.dtype)
     start = functools.partial(start_row, source, addresses, raw=raw, dtype=members.dtype)
     parts = len(starts)
-    share = sizes.rows // parts
+    share, step = sizes.rows // parts, sizes.rows // LANES
 
     def wait(part: int) -> None:
         wait_rows(raw, arrived.at[part], slice(part * share, (part + 1) * share))
@@ -115,10 +115,8 @@ def _gather(
         for part in range(max(0, parts - 2), parts):
             wait(part)
         members[...] = unpack(raw, members.dtype)
-        first = block * sizes.rows
-        chosen = words[0, :, pl.ds(pl.multiple_of(first, sizes.rows), sizes.rows)]
-        bias[:, near:] = member_bias(chosen, sizes.queries)
-        coming = jnp.where(block + 1 < count, first + 2 * sizes.rows, 0)
+        bias[:, near:] = member_bias(words, block * step, sizes.queries, sizes.rows)
+        coming = jnp.where(block + 1 < count, (block + 2) * step, 0)
         for part in range(parts):
             if part >= 2:
                 wait(part - 2)
@@ -131,7 +129,7 @@ def _gather(
         for part in range(parts):
 
             def one(row: Any, _: None, part: int = part) -> None:
-                start(first=sizes.rows, row=row, arrived=arrived.at[part])
+                start(first=step, row=row, arrived=arrived.at[part])
 
             jax.lax.fori_loop(part * share, (part + 1) * share, one, None)
         for part in range(parts - 2):
@@ -180,12 +178,16 @@ def _gather(
 def input_blocks(shape: Shape, sizes: UnionSizes, capacity: int) -> list[pl.BlockSpec]:
     """Blocks of addresses, words and what `kernel.input_specs` lists."""
     return [
-        pl.BlockSpec(
-            (1, 1, sizes.rows + capacity), lambda b, t, *_: (b * shape.blocks + t, 0, 0), memory_space=pltpu.SMEM
-        ),
-        pl.BlockSpec((1, 1, capacity), lambda b, t, *_: (b * shape.blocks + t, 0, 0)),
+        list_block(shape, sizes.rows + capacity, pltpu.SMEM),
+        list_block(shape, capacity, pltpu.VMEM),
         *(_two_dimensional(spec) for spec in input_specs(shape, sizes)),
     ]
+
+
+def list_block(shape: Shape, places: int, memory: Any) -> pl.BlockSpec:
+    """A tile's part of a list with this many places."""
+    index = lambda b, t, *_: (b * shape.blocks + t, 0, 0)  # noqa: E731
+    return pl.BlockSpec((1, places // LANES, LANES), index, memory_space=memory)
 
 
 def _two_dimensional(spec: pl.BlockSpec) -> pl.BlockSpec:
@@ -207,7 +209,7 @@ def forward(
       blocks: fixes the number of blocks of every tile, as a cycle figure needs. None: as many as its union has.
     """
     rows, near, dtype = sizes.queries * shape.heads, shape.near * LANES, given.q.dtype
-    lanes, capacity = round_up(shape.heads, LANES), lists.words.shape[-1]
+    lanes, capacity = round_up(shape.heads, LANES), lists.words[0].size
     planes, word = word_planes(shape.dim, dtype)
     row_block = pl.BlockSpec((1, rows, shape.dim), lambda b, t, *_: (b, t, 0))
     out_specs, out_shape = [row_block], [jax.ShapeDtypeStruct(given.q.shape, dtype)]

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes
 from kernels_pallas.sparse_attention.kernel import LOG2_E, arguments, product
-from kernels_pallas.sparse_attention.kernel_gather import Lists, cost, input_blocks, start_row, wait_rows
+from kernels_pallas.sparse_attention.kernel_gather import Lists, cost, input_blocks, list_block, start_row, wait_rows
 from kernels_pallas.sparse_attention.layout import Operands, Shape
 from kernels_pallas.sparse_attention.row_words import unpack, word_planes
 from kernels_pallas.tpu import LANES, Chip, cdiv, compiler_params
@@ -68,8 +68,8 @@ def _differentiate(
 
 
 def _column(row: jax.Array) -> jax.Array:
-    """int32 [1, R] → [R, 128], the same in all lanes."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+    """int32 [1, 128] → [128, 128], the same in all lanes."""
+    return jnp.broadcast_to(row, (LANES, LANES)).T
 
 
 def _scatter(
@@ -79,7 +79,7 @@ def _scatter(
     """The grid step.
 
     counts, addresses, words: as the forward kernel's. refs: q [1, M, H], near × keys [1, 128, H], near × key_segment
-    [1, 1, 128], `PerRow` [1, 1, M], d(out) [1, M, H], places SMEM [1, 1, C], addresses of the rows of d(entries);
+    [1, 1, 128], `PerRow` [1, 1, M], d(out) [1, M, H], places SMEM [1, C / 128, 128], where rows of d(entries) are;
     entries HBM [B · P, planes, 128], zeros that d(entries) begins with; results dq [1, M, H], dkeys [1, 1, near · 128,
     H], dentries HBM [·, H / 128, 128]; scratch raw [planes, R, 128], keys [R, H], turned [H, R], words of a block
     [R, 128], dq turned [H, M], gradient of a block [R, H], its rows [H / 128, R, 128], semaphores.
@@ -94,7 +94,7 @@ def _scatter(
     index = pl.program_id(0) * shape.blocks + tile
     count = jnp.maximum((counts[index] + (sizes.rows - 1)) // sizes.rows, 1) if blocks is None else blocks
     source = entries if raw.dtype == entries.dtype else entries.bitcast(raw.dtype)
-    whole = slice(0, sizes.rows)
+    whole, per_block = slice(0, sizes.rows), sizes.rows // LANES
     differentiate = functools.partial(
         _differentiate, q, d_out, per_row, scale=scale, chunk=sizes.chunk * shape.heads
     )  # fmt: skip
@@ -102,8 +102,9 @@ def _scatter(
     def start(first: Any, row: Any) -> None:
         start_row(source, addresses, first, row, raw, arrived, members.dtype)
 
-    def sums_row(first: Any, row: int) -> tuple[Any, Any]:
-        return dentries.at[places[0, 0, first + row]], sums.at[:, row]
+    def sums_row(block: Any, row: int) -> tuple[Any, Any]:
+        place = places[0, block * per_block + row // LANES, row % LANES]
+        return dentries.at[place], sums.at[:, row]
 
     def window_is_seen(at: slice) -> jax.Array:
         number, owner = per_row.number[0, :, at], per_row.segment[0, :, at]
@@ -119,7 +120,7 @@ def _scatter(
     @pl.when((tile == 0) & (blocks is None))
     def _() -> None:
         def one(row: Any, _: None) -> None:
-            start(sizes.rows, row)
+            start(per_block, row)
 
         jax.lax.fori_loop(0, sizes.rows, one, None)
 
@@ -133,12 +134,12 @@ def _scatter(
         dq_turned[:, at] = back
 
     def one_block(block: Any, _: None) -> None:
-        first = block * sizes.rows
         wait_rows(raw, arrived, whole)
         members[...] = unpack(raw, members.dtype)
         turned[...] = members[...].T
-        chosen[...] = _column(words[0, :, pl.ds(pl.multiple_of(first, sizes.rows), sizes.rows)])
-        coming = jnp.where(block + 1 < count, first + 2 * sizes.rows, 0)
+        for row in range(per_block):
+            chosen[row * LANES : (row + 1) * LANES] = _column(words[0, pl.ds(block * per_block + row, 1)])
+        coming = jnp.where(block + 1 < count, (block + 2) * per_block, 0)
         for row in range(sizes.rows):
             start(coming, row)
         for at, value, back in differentiate(members[...], turned[...], is_member):
@@ -151,14 +152,14 @@ def _scatter(
                     wait_rows(sums, written, whole)
 
                 for row in range(sizes.rows):
-                    pltpu.make_async_copy(*sums_row(first, row), read).start()
+                    pltpu.make_async_copy(*sums_row(block, row), read).start()
             else:
                 gradient[...] += value
         wait_rows(sums, read, whole)
         for plane in range(sums.shape[0]):
             sums[plane] += gradient[:, plane * LANES : (plane + 1) * LANES]
         for row in range(sizes.rows):
-            to, at = sums_row(first, row)
+            to, at = sums_row(block, row)
             pltpu.make_async_copy(at, to, written).start()
 
     jax.lax.fori_loop(0, count, one_block, None)
@@ -177,12 +178,12 @@ def backward(
     """d(q) [B, M, H] in q's dtype, d(keys) float32 [B, first tiles, near · 128, H], d(entries) float32 [B · P + R, H].
 
     Args:
-      places: int32 [B · T, 1, C], the rows of d(entries) of a tile's members; R rows behind those of the entries take
-        what is none.
+      places: int32 [B · T, C / 128, 128], the rows of d(entries) of a tile's members; R rows behind those of the
+        entries take what is none.
       d_out: [B, M, H]. Others: as `kernel_gather.forward`.
     """
     rows, near, dtype = sizes.queries * shape.heads, shape.near * LANES, given.q.dtype
-    capacity, planes = lists.words.shape[-1], shape.dim // LANES
+    capacity, planes = lists.words[0].size, shape.dim // LANES
     word_count, word = word_planes(shape.dim, dtype)
     row_block = pl.BlockSpec((1, rows, shape.dim), lambda b, t, *_: (b, t, 0))
     lanes = pl.BlockSpec((1, 1, rows), lambda b, t, *_: (b * shape.blocks + t, 0, 0))
@@ -204,7 +205,7 @@ def backward(
                 lanes,
                 pl.BlockSpec((1, 1, rows), lambda b, t, *_: (0, 0, 0)),
                 row_block,
-                pl.BlockSpec((1, 1, capacity), lambda b, t, *_: (b * shape.blocks + t, 0, 0), memory_space=pltpu.SMEM),
+                list_block(shape, capacity, pltpu.SMEM),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],

@@ -27,13 +27,13 @@ _NONE = (1 << 31) - 1
 
 
 class Unions(NamedTuple):
-    """Unions of `Q` neighbouring queries each, `C` = Q · K, K padded to a power of two from 128."""
+    """Unions of `Q` neighbouring queries each, in `C` = Q · K places, K padded."""
 
     members: jax.Array
-    """int32 [B, T, C]: distinct entries; beyond them the first is repeated (0 where there is none)."""
+    """int32 [B, T, C / 128, 128]: distinct entries; beyond them the first is repeated (0 where there is none)."""
     words: jax.Array
-    """int32 [B, T, C]: bit i of a member's word is set where the tile's query i chose it; 0 beyond the members. Blocks
-    of a multiple of C / 128 hold members up to the one that the last member is in."""
+    """int32 [B, T, C / 128, 128]: bit i of a member's word is set where the tile's query i chose it; 0 where there is
+    no member. They fill groups of C / 128 places one after another, in no particular order within the last."""
     size: jax.Array
     """int32 [B, T]: how many members."""
 
@@ -147,22 +147,27 @@ def _compressed(index: Registers, words: Registers) -> tuple[Registers, Register
     return index, words
 
 
-def _unite(selection: Any, out: Any) -> None:
-    """selection: int32 [1, Q, K]. out: int32 [1, 1, 2 · Q · K / 128, 128], registers of indices, then of words."""
+def _unite(selection: Any, members: Any, words: Any) -> None:
+    """selection: int32 [1, Q, K]. members, words: int32 [1, 1, C / 128, 128]."""
     queries, topk = selection.shape[1:]
     chosen = jnp.concatenate([selection[0, :, at : at + LANES] for at in range(0, topk, LANES)], axis=0)
     chosen = chosen.reshape(-1, SUBLANES, LANES)
     query = (_iota(chosen, 0) * SUBLANES + _iota(chosen, 1)) % queries
     pairs = jnp.where(chosen >= 0, chosen * WORD + query, _NONE)
-    index, words = _compressed(*_joined(_sorted(pairs), queries))
-    first = jnp.where(words[:1, :1, :1] != 0, index[:1, :1, :1], 0)
-    index = jnp.where(words != 0, index, jnp.broadcast_to(first, index.shape))
-    out[0, 0] = jnp.concatenate([index, words]).reshape(out.shape[2:])
+    index, word = _compressed(*_joined(_sorted(pairs), queries))
+    first = jnp.where(word[:1, :1, :1] != 0, index[:1, :1, :1], 0)
+    index = jnp.where(word != 0, index, jnp.broadcast_to(first, index.shape))
+    for x, out in ((index, members), (word, words)):
+        # Lanes become rows: places that follow one another lie together.
+        turned = x.reshape(-1, LANES).T
+        parts = turned.shape[1] // LANES
+        for part in range(parts):
+            out[0, 0, pl.ds(part, LANES, stride=parts)] = turned[:, part * LANES : (part + 1) * LANES]
 
 
-def padded_topk(topk: int) -> int:
-    """Indices per query that a tile holds: a power of two from 128."""
-    return max(LANES, 1 << (topk - 1).bit_length())
+def padded_topk(topk: int, queries: int) -> int:
+    """Indices per query that a tile holds: a power of two, so many that a group of places is whole rows."""
+    return max(LANES * LANES // queries, 1 << (topk - 1).bit_length())
 
 
 def unions(selection: Int[Array, "B S K"], queries: int, chip: Chip) -> Unions:
@@ -173,20 +178,19 @@ def unions(selection: Int[Array, "B S K"], queries: int, chip: Chip) -> Unions:
       queries: per tile, Q: 8, 16 or 32. The last tile may be partly filled.
     """
     batch, length, topk = selection.shape
-    tiles, width = cdiv(length, queries), padded_topk(topk)
+    tiles, width = cdiv(length, queries), padded_topk(topk, queries)
     padded = pad_to(pad_to(selection.astype(jnp.int32), 1, tiles * queries, -1), 2, width, -1)
     rows = queries * width // LANES
-    found = pl.pallas_call(
+    out = jax.ShapeDtypeStruct((batch, tiles, rows, LANES), jnp.int32)
+    block = pl.BlockSpec((1, 1, rows, LANES), lambda b, t: (b, t, 0, 0))
+    members, words = pl.pallas_call(
         _unite,
         grid=(batch, tiles),
         in_specs=[pl.BlockSpec((1, queries, width), lambda b, t: (b, t, 0))],
-        out_specs=pl.BlockSpec((1, 1, 2 * rows, LANES), lambda b, t: (b, t, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((batch, tiles, 2 * rows, LANES), jnp.int32),
+        out_specs=[block, block],
+        out_shape=[out, out],
         compiler_params=compiler_params(chip, semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=3 * padded.size * 4),
         name="sparse_attention_union",
     )(padded)
-    index, words = (
-        jnp.swapaxes(part, 2, 3).reshape(batch, tiles, -1) for part in (found[:, :, :rows], found[:, :, rows:])
-    )
-    return Unions(index, words, jnp.sum(words != 0, axis=-1, dtype=jnp.int32))
+    return Unions(members, words, jnp.sum(words != 0, axis=(2, 3), dtype=jnp.int32))

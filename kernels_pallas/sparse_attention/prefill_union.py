@@ -69,12 +69,11 @@ def _shape(sizes: UnionSizes, window: int, q: jax.Array) -> Shape:
 
 def _lists(static: Static, sizes: UnionSizes, selection: jax.Array, size: int) -> Lists:
     found = unions(selection, sizes.queries, static.chip)
-    batch, tiles, capacity = found.members.shape
-    address = jnp.clip(found.members, 0, size - 1) + jnp.arange(batch, dtype=jnp.int32)[:, None, None] * size
-    address = address.reshape(batch * tiles, 1, capacity)
-    first = jnp.roll(address[..., : sizes.rows], -1, axis=0)
-    words = found.words.reshape(batch * tiles, 1, capacity)
-    return Lists(found.size.reshape(-1), jnp.concatenate([first, address], axis=-1), words)
+    batch, tiles, height, _ = found.members.shape
+    address = jnp.clip(found.members, 0, size - 1) + size * jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
+    address, words = (x.reshape(batch * tiles, height, LANES) for x in (address, found.words))
+    first = jnp.roll(address[:, : sizes.rows // LANES], -1, axis=0)
+    return Lists(found.size.reshape(-1), jnp.concatenate([first, address], axis=1), words)
 
 
 def _operands(
@@ -101,7 +100,7 @@ def run(
     """
     sizes, shape, size = static.forward, _shape(static.forward, static.window, q), entries.shape[1]
     lists = _lists(static, sizes, places.selection, size)
-    check_forward(sizes, shape.heads, shape.dim, shape.window, lists.words.shape[-1], q.dtype, static.chip)
+    check_forward(sizes, shape.heads, shape.dim, shape.window, lists.words[0].size, q.dtype, static.chip)
     given = _operands(static, shape, sizes, q, keys, sink, places)
     call = functools.partial(
         kernel_gather.forward, lists, given, shape=shape, sizes=sizes, scale=static.scale, blocks=static.blocks,
@@ -135,11 +134,11 @@ def gradients(
     sizes, shape = static.backward, _shape(static.backward, static.window, q)
     size, dim = entries.shape[1:]
     lists = _lists(static, sizes, places.selection, size)
-    capacity = lists.words.shape[-1]
+    capacity = lists.words[0].size
     check_backward(sizes, shape.heads, shape.dim, shape.window, capacity, q.dtype, static.chip)
     given = _operands(static, shape, sizes, q, keys, sink, places)
-    spare = shape.batch * size + jnp.arange(capacity, dtype=jnp.int32) % sizes.rows
-    sums = jnp.where(lists.words != 0, lists.addresses[..., sizes.rows :], spare)
+    spare = shape.batch * size + jnp.arange(capacity, dtype=jnp.int32).reshape(-1, LANES) % sizes.rows
+    sums = jnp.where(lists.words != 0, lists.addresses[:, sizes.rows // LANES :], spare)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     stats = stats[..., : shape.heads]
     share = jnp.exp2(sink.astype(jnp.float32) * LOG2_E - stats[..., : q.shape[2]]) * delta

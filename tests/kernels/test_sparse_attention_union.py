@@ -28,10 +28,9 @@ def wanted_union(lists):
 
 def assert_unions_are_right(selection, queries):
     given = jnp.asarray(selection, jnp.int32)
-    index, words, count = map(
-        np.asarray, interpreted(lambda: jax.jit(lambda x: unions(x, queries, CHIPS["v6e"]))(given))
-    )
-    group = index.shape[-1] // 128
+    found = interpreted(lambda: jax.jit(lambda x: unions(x, queries, CHIPS["v6e"]))(given))
+    count, group = np.asarray(found.size), found.words.shape[2]
+    index, words = (np.asarray(x).reshape(*count.shape, -1) for x in (found.members, found.words))
     for row, lists in enumerate(selection):
         for tile in range(index.shape[1]):
             want = wanted_union(lists[tile * queries : (tile + 1) * queries])
