@@ -23,7 +23,9 @@ from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, compiler_params
 
 Registers = jax.Array
 """int32 [V, 8, 128], V a power of two: place p = (8 · lane + sublane) · V + register."""
-_NONE = (1 << 31) - 1
+_FIRST, _NONE = 1 << 23, 0x7F7FFFFF
+"""Pairs are sorted as the float32 of the same bits: positive ones have the integers' order, and unlike integers a TPU
+takes the smaller of two in one operation. From 2^23 on they are not subnormal; the largest is none."""
 
 
 class Unions(NamedTuple):
@@ -38,25 +40,16 @@ class Unions(NamedTuple):
     """int32 [B, T]: how many members."""
 
 
-def _iota(x: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-
-
-def _bit_of_place(x: jax.Array, bit: int) -> jax.Array:
-    """Whether a place has this bit, 0 the lowest."""
-    bits = (x.shape[0] - 1).bit_length()
-    for axis, size in ((0, bits), (1, 3), (2, 7)):
-        if bit < size:
-            return (_iota(x, axis) >> bit) & 1 == 1
-        bit -= size
-    return jnp.zeros(x.shape, bool)
+def _iota(axis: int) -> jax.Array:
+    """Number of the sublane (1) or lane (2), for a register: [1, 8, 128]."""
+    return jax.lax.broadcasted_iota(jnp.int32, (1, SUBLANES, LANES), axis)
 
 
 def _rows_ahead(x: Registers, count: int) -> Registers:
     if count >= SUBLANES:
         return pltpu.roll(x, LANES - count // SUBLANES, 2)
     turned = pltpu.roll(x, SUBLANES - count, 1)
-    return jnp.where(_iota(x, 1) < SUBLANES - count, turned, pltpu.roll(turned, LANES - 1, 2))
+    return jnp.where(_iota(1) < SUBLANES - count, turned, pltpu.roll(turned, LANES - 1, 2))
 
 
 def _ahead(x: Registers, count: int) -> Registers:
@@ -68,50 +61,69 @@ def _ahead(x: Registers, count: int) -> Registers:
 
 def _one_behind(x: Registers) -> Registers:
     turned = pltpu.roll(x[-1:], 1, 1)
-    first = jnp.where(_iota(turned, 1) > 0, turned, pltpu.roll(turned, 1, 2))
-    return first if x.shape[0] == 1 else jnp.concatenate([first, x[:-1]])
+    first = jnp.where(_iota(1) > 0, turned, pltpu.roll(turned, 1, 2))
+    return jnp.concatenate([first, x[:-1]])
 
 
-def _partner(x: Registers, bit: int) -> Registers:
-    """What lies where one bit of (sublane, lane) differs."""
-    if bit < 3:
-        step = 1 << bit
-        above = pltpu.roll(x, SUBLANES - step, 1)
-        return above if 2 * step == SUBLANES else jnp.where(_iota(x, 1) & step == 0, above, pltpu.roll(x, step, 1))
-    flat = x.reshape(-1, LANES)
-    return jnp.take_along_axis(flat, _iota(flat, 1) ^ (1 << (bit - 3)), axis=1).reshape(x.shape)
+def _bit_of_row(bit: int) -> jax.Array:
+    """Whether (lane, sublane), the sublane's number running fastest, has this bit: [1, 8, 128]."""
+    return (_iota(1) >> bit if bit < 3 else _iota(2) >> (bit - 3)) & 1 == 1
 
 
-def _sorted(x: Registers) -> Registers:
-    """Ascending, by a bitonic network."""
+def _exchanged_rows(x: Registers, bit: int) -> Registers:
+    """The smaller first, of places that differ in one bit of (lane, sublane)."""
+    is_upper = _bit_of_row(bit)
+    if bit >= 3:
+        flat = x.reshape(-1, LANES)
+        lane = jax.lax.broadcasted_iota(jnp.int32, flat.shape, 1)
+        other = jnp.take_along_axis(flat, lane ^ (1 << (bit - 3)), axis=1).reshape(x.shape)
+    elif bit == 2:
+        other = pltpu.roll(x, 4, 1)
+    else:
+        other = jnp.where(is_upper, pltpu.roll(x, 1 << bit, 1), pltpu.roll(x, SUBLANES - (1 << bit), 1))
+    return jnp.where(is_upper, jnp.maximum(x, other), jnp.minimum(x, other))
+
+
+def _turned(x: Registers, size: int) -> Registers:
+    """Negates, which reverses their order, every second run of 2^size."""
+    bits = (x.shape[0] - 1).bit_length()
+    if size >= bits + 10:
+        return x
+    if size >= bits:
+        return jnp.where(_bit_of_row(size - bits), -x, x)
+    runs = x.reshape(-1, 2, 1 << size, SUBLANES, LANES)
+    return jnp.concatenate([runs[:, :1], -runs[:, 1:]], axis=1).reshape(x.shape)
+
+
+def _sorted(pairs: Registers) -> Registers:
+    """Ascending, by a bitonic network: runs of 2^size are sorted, every second one downwards."""
+    x = jax.lax.bitcast_convert_type(pairs, jnp.float32)
     bits = (x.shape[0] - 1).bit_length()
     for size in range(1, bits + 11):
-        # Runs of 2^size are sorted, every second one downwards.
-        is_down = _bit_of_place(x, size)
+        x = _turned(x, size)
         for bit in reversed(range(size)):
             if bit >= bits:
-                other = _partner(x, bit - bits)
-                takes_low = _bit_of_place(x, bit) == is_down
-                x = jnp.where(takes_low, jnp.minimum(x, other), jnp.maximum(x, other))
-                continue
-            pairs = x.reshape(-1, 2, 1 << bit, SUBLANES, LANES)
-            down = is_down.reshape(pairs.shape)[:, 0]
-            low, high = jnp.minimum(pairs[:, 0], pairs[:, 1]), jnp.maximum(pairs[:, 0], pairs[:, 1])
-            pairs = jnp.stack([jnp.where(down, high, low), jnp.where(down, low, high)], axis=1)
-            x = pairs.reshape(x.shape)
-    return x
+                x = _exchanged_rows(x, bit - bits)
+            else:
+                couples = x.reshape(-1, 2, 1 << bit, SUBLANES, LANES)
+                low, high = couples[:, 0], couples[:, 1]
+                x = jnp.stack([jnp.minimum(low, high), jnp.maximum(low, high)], axis=1).reshape(x.shape)
+        x = _turned(x, size)
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _joined(x: Registers, queries: int) -> tuple[Registers, Registers]:
     """Sorted pairs → (index, word of the first of a run, 0 for the others and where there is none)."""
-    index = x >> 5
+    index = (x - _FIRST) >> 5
     words = own = jnp.where(x != _NONE, jnp.left_shift(jnp.int32(1), x & (WORD - 1)), 0)
     step = 1
     while step < queries:
         words = words | jnp.where(_ahead(index, step) == index, _ahead(words, step), 0)
         step *= 2
-    is_start = (_iota(x, 0) == 0) & (_iota(x, 1) == 0) & (_iota(x, 2) == 0)
-    is_first = is_start | (_one_behind(index) != index)
+    before = _one_behind(index)
+    is_start = (_iota(1) == 0) & (_iota(2) == 0)
+    before = jnp.concatenate([jnp.where(is_start, -1, before[:1]), before[1:]])
+    is_first = before != index
     return index, jnp.where(is_first & (own != 0), words, 0)
 
 
@@ -124,11 +136,11 @@ def _zeros_before(words: Registers) -> Registers:
         total = total + zeros[number : number + 1]
     rows = total
     for step in (1, 2, 4):
-        rows = rows + jnp.where(_iota(rows, 1) >= step, pltpu.roll(rows, step, 1), 0)
+        rows = rows + jnp.where(_iota(1) >= step, pltpu.roll(rows, step, 1), 0)
     of_lane = jnp.broadcast_to(rows[:, SUBLANES - 1 :], rows.shape)
     lanes = of_lane
     for step in (1, 2, 4, 8, 16, 32, 64):
-        lanes = lanes + jnp.where(_iota(lanes, 2) >= step, pltpu.roll(lanes, step, 2), 0)
+        lanes = lanes + jnp.where(_iota(2) >= step, pltpu.roll(lanes, step, 2), 0)
     return jnp.concatenate(within) + (lanes - of_lane + rows - total)
 
 
@@ -150,10 +162,10 @@ def _compressed(index: Registers, words: Registers) -> tuple[Registers, Register
 def _unite(selection: Any, members: Any, words: Any) -> None:
     """selection: int32 [1, Q, K]. members, words: int32 [1, 1, C / 128, 128]."""
     queries, topk = selection.shape[1:]
-    chosen = jnp.concatenate([selection[0, :, at : at + LANES] for at in range(0, topk, LANES)], axis=0)
-    chosen = chosen.reshape(-1, SUBLANES, LANES)
-    query = (_iota(chosen, 0) * SUBLANES + _iota(chosen, 1)) % queries
-    pairs = jnp.where(chosen >= 0, chosen * WORD + query, _NONE)
+    query = jax.lax.broadcasted_iota(jnp.int32, (queries, topk), 0)
+    pairs = jnp.where(selection[0] >= 0, selection[0] * WORD + query + _FIRST, _NONE)
+    pairs = jnp.concatenate([pairs[:, at : at + LANES] for at in range(0, topk, LANES)], axis=0)
+    pairs = pairs.reshape(-1, SUBLANES, LANES)
     index, word = _compressed(*_joined(_sorted(pairs), queries))
     first = jnp.where(word[:1, :1, :1] != 0, index[:1, :1, :1], 0)
     index = jnp.where(word != 0, index, jnp.broadcast_to(first, index.shape))
@@ -174,7 +186,7 @@ def unions(selection: Int[Array, "B S K"], queries: int, chip: Chip) -> Unions:
     """The kernel.
 
     Args:
-      selection: indices below 2^26, none twice in a query's list; −1 for none.
+      selection: indices below 2^25, none twice in a query's list; −1 for none.
       queries: per tile, Q: 8, 16 or 32. The last tile may be partly filled.
     """
     batch, length, topk = selection.shape
