@@ -11,6 +11,7 @@ import pytest
 
 from kernels_pallas.aot import measure_cases
 from kernels_pallas.sparse_attention.cases_prefill import PREFILL_CASES
+from kernels_pallas.sparse_attention.cases_union import UNION_CASES
 from kernels_pallas.tpu import CHIPS, vmem_budget
 
 pytestmark = pytest.mark.tpu_compile
@@ -19,7 +20,7 @@ pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[t
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_chip_compiles_forward_and_backward(chip):
-    cases = [case for case in PREFILL_CASES if case.in_ci]
+    cases = [case for case in (*PREFILL_CASES, *UNION_CASES) if case.in_ci]
     for found in measure_cases(cases, CHIPS[chip], batch=len(cases), static=False):
         assert found.error is None, f"{found.label}: {found.error}"
         assert found.vmem_bytes is not None

@@ -1,17 +1,25 @@
 """The union path of prefill in TPU interpret mode: memory that nobody wrote is NaN, reads out of bounds raise."""
 
 import functools
+import re
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
-from test_sparse_attention_pallas import interpreted, problem, reference, relative, with_gradients
+from hypothesis import given, settings
+from test_sparse_attention_pallas import SCALE, interpreted, problem, reference, relative, with_gradients
 
-from kernels_pallas.sparse_attention import prefill
-from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes
-from kernels_pallas.sparse_attention.kernel_union import unions
+from kernels_pallas.sparse_attention import prefill, sparse_attention
+from kernels_pallas.sparse_attention.block_sizes_union import (
+    UnionSizes,
+    check_backward,
+    check_forward,
+    default_union_sizes,
+)
+from kernels_pallas.sparse_attention.kernel_union import padded_topk, unions
 from kernels_pallas.tpu import CHIPS
 
 SMALL = (UnionSizes(8, 4, 128), UnionSizes(8, 4, 128))
@@ -85,7 +93,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"nothing visible", "window of two tiles"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
 def test_output_and_gradients_equal_the_references(case):
     inputs, window = sound_problem(0, **CASES[case])
     got = interpreted(lambda: with_gradients(kernel(), inputs, window))
@@ -97,6 +108,7 @@ def test_output_and_gradients_equal_the_references(case):
             np.testing.assert_array_equal(got[name], want[name])
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_hardly_more_than_the_reference_in_bfloat16():
     inputs, window = sound_problem(1, entries=290, past=520, topk=40, queries=16)
     exact = with_gradients(reference, inputs, window)
@@ -107,7 +119,97 @@ def test_bfloat16_errs_hardly_more_than_the_reference_in_bfloat16():
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
 
 
+@pytest.mark.slow
+@settings(max_examples=3)
+@given(
+    queries=st.integers(1, 40), past=st.integers(0, 300), entries=st.integers(1, 200), topk=st.integers(1, 200),
+    documents=st.integers(1, 4), window=st.integers(1, 140), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_lengths_documents_and_selections(queries, past, entries, topk, documents, window, seed):
+    inputs, window = sound_problem(
+        seed, queries=queries, past=past, entries=entries, topk=min(topk, entries), documents=documents, window=window
+    )
+    got = interpreted(lambda: kernel()(**inputs, window=window, scale=SCALE))
+    want = reference(**inputs, window=window, scale=SCALE)
+    assert relative(got, want) <= tolerances.ATTENTION_FLOAT32
+
+
+@pytest.mark.slow
+def test_default_blocks_and_the_public_function_give_the_same():
+    inputs, window = sound_problem(3, queries=70, entries=700, past=1400, topk=20)
+    call = functools.partial(sparse_attention, **inputs, window=window, scale=SCALE, is_sound_selection=True)
+    got = interpreted(lambda: call(implementation="pallas"))
+    assert relative(got, call(implementation="reference")) <= tolerances.ATTENTION_FLOAT32
+
+
+@pytest.mark.slow
 def test_the_copies_do_not_race(capfd):
-    inputs, window = sound_problem(2, queries=16, entries=290, past=580, topk=40, batch=2)
+    inputs, window = sound_problem(2, queries=16, entries=290, past=580, topk=30)
     interpreted(lambda: with_gradients(kernel(), inputs, window), races=True)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+# ---- which path, and what it counts ----------------------------------------------------------------------------------
+def traced(topk, entries, *, sound=True, heads=64, queries=64, dim=512, is_training=False):
+    """The jaxpr of the public function's kernels."""
+    a, i, b = jax.ShapeDtypeStruct, jnp.int32, jnp.bfloat16
+    arrays = dict(
+        q=a((1, queries, heads, dim), b), keys=a((1, 128 + queries, dim), b), sink=a((heads,), jnp.float32),
+        q_position=a((1, queries), i), q_segment=a((1, queries), i), key_segment=a((1, 128 + queries), i),
+        entries=a((1, entries, dim), b), entry_end=a((1, entries), i), entry_segment=a((1, entries), i),
+        selection=a((1, queries, topk), i),
+    )  # fmt: skip
+
+    def run(arrays):
+        out = sparse_attention(
+            **arrays, window=128, scale=0.1, is_sound_selection=sound, implementation="pallas"
+        )  # fmt: skip
+        return jnp.sum(out.astype(jnp.float32))
+
+    function = jax.grad(run, allow_int=True) if is_training else run
+    return str(jax.make_jaxpr(function)(arrays))
+
+
+def test_unions_are_taken_for_sound_lists_of_more_than_eight_entries_per_selected_one():
+    assert "sparse_attention_gather" in traced(512, 4097)
+    assert "sparse_attention_gather" not in traced(512, 4096)
+    assert "sparse_attention_gather" not in traced(512, 8192, sound=False)
+
+
+@pytest.mark.parametrize(("heads", "topk", "entries"), [(64, 512, 1 << 14), (128, 1024, 1 << 18)])
+def test_costs_count_twice_the_selected_entries_whatever_the_context(heads, topk, entries):
+    text = traced(topk, entries, heads=heads, is_training=True)
+    found = {
+        name: int(flops)
+        for flops, name in re.findall(r"CostEstimate\(flops=(\d+),.*?name=(sparse_attention_\w+)", text, re.DOTALL)
+    }
+    pairs = 64 * heads * (256 + 2 * topk)  # a window of 128 in whole tiles
+    assert found == {
+        "sparse_attention_union": 0,
+        "sparse_attention_gather": 2 * 2 * pairs * 512,
+        "sparse_attention_scatter": 2 * 5 * pairs * 512,
+    }
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+def test_blocks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="need queries 8, 16 or 32"):
+        UnionSizes(64, 8, 128)
+    forward, backward = default_union_sizes(64, jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"needs [\d,]+ bytes of VMEM, v5p has 62,914,560 available"):
+        check_forward(forward, 512, 512, 128, 16384, jnp.bfloat16, CHIPS["v5p"])
+    with pytest.raises(ValueError, match=r"backward over unions.* v5p has 62,914,560 available"):
+        check_backward(backward, 512, 512, 128, 16384, jnp.bfloat16, CHIPS["v5p"])
+    with pytest.raises(ValueError, match="members a multiple of 1024 for 131072 places"):
+        check_forward(forward, 64, 512, 128, 1 << 17, jnp.bfloat16, CHIPS["v5p"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("heads", [8, 16, 24, 64, 128])
+def test_default_blocks_fit_every_chip(heads, dtype):
+    forward, backward = default_union_sizes(heads, dtype)
+    for topk in (7, 512, 1024):
+        capacity = forward.queries * padded_topk(topk, forward.queries)
+        for chip in CHIPS.values():
+            check_forward(forward, heads, 512, 128, capacity, dtype, chip)
+            check_backward(backward, heads, 512, 128, capacity, dtype, chip)
