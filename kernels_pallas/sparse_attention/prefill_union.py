@@ -25,6 +25,9 @@ from kernels_pallas.sparse_attention.layout import (
 from kernels_pallas.sparse_attention.row_words import pack, word_planes
 from kernels_pallas.tpu import LANES, Chip, round_up
 
+_MOST_TOPK = 1024
+"""A tile's lists are sorted in registers: 32 queries with so many entries each take half of them."""
+
 
 class Static(NamedTuple):
     """What is known while tracing."""
@@ -48,13 +51,13 @@ class Places(NamedTuple):
 
 
 def is_worth_it(topk: int, entries: int) -> bool:
-    """Whether a union's copies pay: from more than 8 entries per selected one on.
+    """Whether a union's copies pay: from more than 8 entries per selected one on, with lists that fit registers.
 
-    By the compiler's bundles per token (Flash, v6e), the dense path costs 0.31 per entry, this one 170 and 0.34 per
-    member. At 8 entries per selected one it wins up to unions of 5.7 × top-k; neighbours' selections without anything
-    in common would unite to all entries there, and this path would lose 1.2×.
+    By the compiler's bundles per token (Flash, v6e), the dense path costs 0.31 per entry, this one 195 and 0.34 per
+    member. At 8 entries per selected one it wins up to unions of 6 × top-k; neighbours' selections without anything in
+    common would unite to all entries there, and this path would lose 1.2×.
     """
-    return entries > 8 * topk
+    return topk <= _MOST_TOPK and entries > 8 * topk
 
 
 def expected_members(topk: int, entries: int) -> int:

@@ -174,6 +174,7 @@ def test_unions_are_taken_for_sound_lists_of_more_than_eight_entries_per_selecte
     assert "sparse_attention_gather" in traced(512, 4097)
     assert "sparse_attention_gather" not in traced(512, 4096)
     assert "sparse_attention_gather" not in traced(512, 8192, sound=False)
+    assert "sparse_attention_gather" not in traced(1025, 1 << 18)
 
 
 @pytest.mark.parametrize(("heads", "topk", "entries"), [(64, 512, 1 << 14), (128, 1024, 1 << 18)])

@@ -10,6 +10,7 @@ import tolerances
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.sparse_attention import prefill_union
 from v4jax import ops
 from v4jax.loading import load
 
@@ -24,7 +25,16 @@ def golden(shared: Path):
 
 @pytest.mark.slow
 def test_logits_equal_the_goldens(golden) -> None:
-    model, expected = golden
+    assert_logits_equal(*golden)
+
+
+@pytest.mark.nightly
+def test_logits_over_unions_of_selections_equal_the_goldens(golden, monkeypatch) -> None:
+    monkeypatch.setattr(prefill_union, "is_worth_it", lambda topk, entries: True)
+    assert_logits_equal(*golden)
+
+
+def assert_logits_equal(model, expected) -> None:
     with ops.implementations(FORCED), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         logits, mtp_logits = jax.block_until_ready(
             jax.jit(lambda model, x: (model(x), model.mtp_logits(x)))(model, expected["tokens"])
