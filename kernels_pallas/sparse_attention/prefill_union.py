@@ -50,14 +50,15 @@ class Places(NamedTuple):
     selection: jax.Array
 
 
-def is_worth_it(topk: int, entries: int) -> bool:
-    """Whether a union's copies pay: from more than 8 entries per selected one on, with lists that fit registers.
+def is_worth_it(topk: int, entries: int, heads: int) -> bool:
+    """Whether a union's copies pay: with many entries per selected one, and lists that fit registers.
 
-    By the compiler's bundles per token (Flash, v6e), the dense path costs 0.31 per entry, this one 195 and 0.34 per
-    member. At 8 entries per selected one it wins up to unions of 6 × top-k; neighbours' selections without anything in
-    common would unite to all entries there, and this path would lose 1.2×.
+    By the compiler's bundles per token on v6e, the dense path costs 0.31 per entry with 64 heads and 0.09 with 8, this
+    one 195 and 0.34 per member, or 117 and 0.16, which copies dominate. From 8 entries per selected one on (16 with 8
+    heads) it wins up to unions of some 6 × top-k. Selections of neighbours without anything in common would unite to
+    all entries at that length, and this path would lose.
     """
-    return topk <= _MOST_TOPK and entries > 8 * topk
+    return topk <= _MOST_TOPK and entries > topk * max(8, 128 // heads)
 
 
 def expected_members(topk: int, entries: int) -> int:

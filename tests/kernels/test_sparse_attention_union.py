@@ -170,11 +170,13 @@ def traced(topk, entries, *, sound=True, heads=64, queries=64, dim=512, is_train
     return str(jax.make_jaxpr(function)(arrays))
 
 
-def test_unions_are_taken_for_sound_lists_of_more_than_eight_entries_per_selected_one():
+def test_unions_are_taken_for_sound_lists_where_there_are_many_entries_per_selected_one():
     assert "sparse_attention_gather" in traced(512, 4097)
     assert "sparse_attention_gather" not in traced(512, 4096)
     assert "sparse_attention_gather" not in traced(512, 8192, sound=False)
     assert "sparse_attention_gather" not in traced(1025, 1 << 18)
+    assert "sparse_attention_gather" not in traced(512, 8192, heads=8)
+    assert "sparse_attention_gather" in traced(512, 8193, heads=8)
 
 
 @pytest.mark.parametrize(("heads", "topk", "entries"), [(64, 512, 1 << 14), (128, 1024, 1 << 18)])
