@@ -43,6 +43,14 @@ def tile_bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     return size * jnp.dtype(dtype).itemsize
 
 
+def mean_visible(tiles: int) -> float:
+    """Of so many tiles of keys, those that a causal query meets on average over all queries of the whole context.
+
+    What a cost estimate counts: how far a chunk of a prompt has come is not known when its step is compiled.
+    """
+    return (tiles + 1) / 2 if tiles else 0.0
+
+
 def array_bytes(*arrays: Any) -> int:
     """Bytes of `ShapeDtypeStruct`s or trees of them."""
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(arrays))

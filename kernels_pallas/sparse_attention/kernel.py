@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.sparse_attention.block_sizes import BlockSizes, QuerySizes
 from kernels_pallas.sparse_attention.layout import NEVER, WORD, Operands, Shape
-from kernels_pallas.tpu import LANES, Chip, compiler_params, round_up
+from kernels_pallas.tpu import LANES, Chip, compiler_params, mean_visible, round_up
 
 LOG2_E = math.log2(math.e)
 _WORDS_PER_GROUP = LANES
@@ -337,12 +337,14 @@ def forward(
 
 
 def cost(given: Operands, shape: Shape, sizes: BlockSizes, *, products: int) -> pl.CostEstimate:
-    """Work of the whole grid, as if every block met every tile.
+    """Work of the whole grid, every block meeting its window and, on average, the tiles that causality leaves it.
 
     products: matrix products per pair of a row and a key.
     """
-    pairs = given.q.shape[0] * given.q.shape[1] * (shape.near * LANES + shape.tiles * sizes.entries)
-    read = sum(x.size * x.dtype.itemsize for x in given if x is not None)
+    met = round(mean_visible(shape.tiles) * sizes.entries)
+    pairs = given.q.shape[0] * given.q.shape[1] * (shape.near * LANES + met)
+    read = sum(x.size * x.dtype.itemsize for x in given if x is not None and x is not given.entries)
+    read += shape.batch * shape.blocks * met * shape.dim * given.q.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * products * pairs * shape.dim,
         transcendentals=pairs,

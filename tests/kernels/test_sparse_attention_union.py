@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from test_sparse_attention_pallas import SCALE, interpreted, problem, reference, relative, with_gradients
 
 from kernels_pallas.sparse_attention import prefill, sparse_attention
+from kernels_pallas.sparse_attention.block_sizes import default_block_sizes
 from kernels_pallas.sparse_attention.block_sizes_union import (
     UnionSizes,
     check_backward,
@@ -192,6 +193,14 @@ def test_costs_count_twice_the_selected_entries_whatever_the_context(heads, topk
         "sparse_attention_gather": 2 * 2 * pairs * 512,
         "sparse_attention_scatter": 2 * 5 * pairs * 512,
     }
+
+
+def test_costs_of_the_dense_path_count_the_tiles_that_causality_leaves():
+    entries, tile = 4096, default_block_sizes(64, 4096, jnp.bfloat16).entries
+    (flops,) = re.findall(
+        r"CostEstimate\(flops=(\d+),.*?name=sparse_attention_forward", traced(512, entries), re.DOTALL
+    )
+    assert int(flops) == 2 * 2 * 64 * 64 * (256 + (entries // tile + 1) / 2 * tile) * 512
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
