@@ -12,7 +12,6 @@ Tokens never mix, so that rows and sequences are one dimension here, and the row
 themselves.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -22,45 +21,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hyper_connection import mixing
-from kernels_pallas.hyper_connection.block_sizes import Blocks, choose_blocks
+from kernels_pallas.hyper_connection.block_sizes import choose_blocks
+from kernels_pallas.hyper_connection.layout import (
+    Layout,
+    Spec,
+    pad_streams,
+    rows_block,
+    scalars_block,
+    unpad_streams,
+    whole_block,
+)
 from kernels_pallas.hyper_connection.mixing import split_bf16
+from kernels_pallas.hyper_connection.sums import ROWS, dot
 from kernels_pallas.tpu import LANES, array_bytes, compiler_params, current_chip, round_up, sublanes
-
-_ROWS = (((1,), (1,)), ((), ()))
-"""Contracts the last dimensions: rows × rows."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What distinguishes the variants of the kernel, all static."""
-
-    streams: int
-    """C."""
-    width: int
-    """D, before its padding to whole lanes."""
-    has_write: bool
-    """Whether the streams are written first."""
-    is_head: bool
-    """Whether only the reading gates exist (hc_head)."""
-    iterations: int
-    eps: float
-    norm_eps: float
-    blocks: Blocks
-
-    @property
-    def maps(self) -> int:
-        """Rows of `fn`."""
-        return self.streams if self.is_head else self.streams * (2 + self.streams)
-
-    @property
-    def fn_rows(self) -> int:
-        """Rows of `fn`, padded to whole sublanes."""
-        return round_up(self.maps, 8)
-
-
-def _dot_rows(a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, _ROWS, precision=precision, preferred_element_type=jnp.float32)
 
 
 def spread(rows: list[jax.Array], target: Any) -> None:
@@ -166,12 +139,12 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
     jax.lax.fori_loop(0, width // columns, lambda i, _: mix(i * columns), None)
     product = jnp.zeros((), jnp.float32)
     for k in range(count):
-        product = product + _dot_rows(
-            fn_source[:, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width]
+        product = product + dot(
+            fn_source[:, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width], ROWS
         )  # fmt: skip
     if dtype == jnp.bfloat16:
         product = (product[2 * rows : 3 * rows] + product[rows : 2 * rows]) + product[:rows]
-    squares = _dot_rows(jnp.ones((8, LANES), jnp.float32), square_ref[...])[:1]
+    squares = dot(jnp.ones((8, LANES), jnp.float32), square_ref[...], ROWS)[:1]
     inverse = jax.lax.rsqrt(squares / (count * spec.width) + spec.norm_eps)
 
     def row(i: int) -> jax.Array:
@@ -246,51 +219,42 @@ def seam_forward(
       fn: [M, C · D] or, for the head, [C, C · D]; base likewise; scale [3] or [1].
       gain: [D], of the norm.
     """
-    batch, length, flat = streams.shape
-    total = batch * length
-    width = gain.shape[0]
-    count = flat // width
+    layout = Layout.of(streams, gain)
+    total, count, width, padded = layout.total, layout.streams, layout.width, layout.padded
     chip = current_chip()
     blocks = choose_blocks(chip, total, count, width, streams.dtype, has_write=out is not None, is_head=is_head)
     spec = Spec(count, width, out is not None, is_head, iterations, eps, norm_eps, blocks)
-    padded, tokens = round_up(width, LANES), blocks.tokens
+    tokens = blocks.tokens
     # Maps have tokens on lanes, where a block is either whole lanes or all there is: a single block is all there is.
     on_lanes = max(total, tokens)
-    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-
-    def rows(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((tokens, size), lambda t: (t, 0))
-
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda t: (0,) * len(shape))
 
     def lanes(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((size, tokens), lambda t: (0, t))
 
     operands: list[Any] = [scale, base]
-    in_specs: list[Any] = [scalars, scalars]
+    in_specs: list[Any] = [scalars_block()] * 2
     if out is not None:
         assert maps is not None
         operands += [
-            pad_streams(out.reshape(total, width), 1, padded),
+            layout.rows(out),
             jnp.pad(maps.reshape(len(maps), total), ((0, round_up(len(maps), 8) - len(maps)), (0, on_lanes - total))),
         ]
-        in_specs += [rows(padded), lanes(round_up(len(maps), 8))]
+        in_specs += [rows_block(tokens, padded), lanes(round_up(len(maps), 8))]
     if blocks.has_matrix_mix:
         places = jnp.asarray(mixing.places(count), jnp.bfloat16)
         operands.append(places)
-        in_specs.append(whole(*places.shape))
+        in_specs.append(whole_block(*places.shape))
     operands += [
-        pad_streams(streams.reshape(total, flat), count, padded),
+        layout.rows(streams),
         pad_streams(fn, count, padded),
         pad_streams(gain[None], 1, padded),
     ]
-    in_specs += [rows(count * padded), whole(spec.maps, count * padded), whole(1, padded)]
+    in_specs += [rows_block(tokens, count * padded), whole_block(spec.maps, count * padded), whole_block(1, padded)]
     shapes: list[Any] = [jax.ShapeDtypeStruct((total, padded), streams.dtype)]
-    out_specs: list[Any] = [rows(padded)]
+    out_specs: list[Any] = [rows_block(tokens, padded)]
     if out is not None:
         shapes.append(jax.ShapeDtypeStruct((total, count * padded), streams.dtype))
-        out_specs.append(rows(count * padded))
+        out_specs.append(rows_block(tokens, count * padded))
     if not is_head:
         shapes.append(jax.ShapeDtypeStruct((spec.maps, on_lanes), jnp.float32))
         out_specs.append(lanes(spec.maps))
@@ -315,9 +279,9 @@ def seam_forward(
         name="hyper_connection_head" if is_head else "hyper_connection_seam",
     )(*operands)
     results = list(results)
-    x = results.pop(0)[:, :width].reshape(batch, length, width)
+    x = results.pop(0)[:, :width].reshape(layout.batch, layout.length, width)
     new = streams if out is None else unpad_streams(results.pop(0), count, width).reshape(streams.shape)
-    return x, new, None if is_head else results.pop(0)[:, :total].reshape(spec.maps, batch, length)
+    return x, new, None if is_head else results.pop(0)[:, :total].reshape(spec.maps, layout.batch, layout.length)
 
 
 def _cost(spec: Spec, steps: int, operands: list[Any], results: list[Any]) -> pl.CostEstimate:
@@ -329,20 +293,3 @@ def _cost(spec: Spec, steps: int, operands: list[Any], results: list[Any]) -> pl
         transcendentals=tokens * (spec.maps + 2 * spec.streams * spec.iterations),
         bytes_accessed=array_bytes(*operands, *results),
     )
-
-
-def pad_streams(x: jax.Array, count: int, padded: int) -> jax.Array:
-    """[…, C · D] → […, C · padded] with zeros behind each stream; nothing to do where D fills whole lanes."""
-    width = x.shape[-1] // count
-    if width == padded:
-        return x
-    streams = x.reshape(*x.shape[:-1], count, width)
-    streams = jnp.pad(streams, [(0, 0)] * (streams.ndim - 1) + [(0, padded - width)])
-    return streams.reshape(*x.shape[:-1], -1)
-
-
-def unpad_streams(x: jax.Array, count: int, width: int) -> jax.Array:
-    """Undoes `pad_streams`."""
-    if x.shape[-1] == count * width:
-        return x
-    return x.reshape(*x.shape[:-1], count, -1)[..., :width].reshape(*x.shape[:-1], count * width)

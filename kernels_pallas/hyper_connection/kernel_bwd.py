@@ -23,31 +23,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hyper_connection import mixing_bwd, sinkhorn_bwd
-from kernels_pallas.hyper_connection.block_sizes_bwd import choose_backward_blocks
-from kernels_pallas.hyper_connection.kernel import Spec, pad_streams, split_bf16, spread, unpad_streams
-from kernels_pallas.hyper_connection.sums import clear_rows, fold_rows, lane_sums, sum_of
-from kernels_pallas.tpu import LANES, SUBLANES, array_bytes, cdiv, compiler_params, current_chip, round_up, sublanes
-
-_ROWS = (((1,), (1,)), ((), ()))
-"""Contracts the last dimensions: rows × rows."""
-_PLAIN = (((1,), (0,)), ((), ()))
+from kernels_pallas.hyper_connection.kernel import spread
+from kernels_pallas.hyper_connection.layout import Spec
+from kernels_pallas.hyper_connection.mixing import split_bf16
+from kernels_pallas.hyper_connection.sums import PLAIN, ROWS, clear_rows, dot, fold_rows, lane_sums, sum_of
+from kernels_pallas.tpu import LANES, SUBLANES, sublanes
 
 
-def _dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
+def backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
     """The grid step.
 
     refs: scale [3 or 1] and base [M] in SMEM; with a write out [tokens, D], maps [M, tokens] and old streams
     [tokens, C · D]; the written streams, d(x) [tokens, D], d(new streams), unless of the head d(new maps), fn
     [rows, C · D], gain [1, D]. Results: with a write d(out) and d(post, comb); d(streams), d(fn), [2 · rows, tokens]
-    sums of d(gates) and of d(gates) × what scale multiplies, d(gain). Scratch as `seam_backward` lists it.
+    sums of d(gates) and of d(gates) × what scale multiplies, d(gain). Scratch as `backward.seam_backward` lists it.
     """
     waiting = iter(all_refs)
     scale_ref, base_ref = next(waiting), next(waiting)
@@ -125,7 +116,7 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
     fn_source = fn_ref if parts_ref is None else parts_ref
     exact = rows if parts_ref is None else 3 * rows
     product = sum_of(
-        _dot(fn_source[:exact, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width], _ROWS)
+        dot(fn_source[:exact, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width], ROWS)
         for k in range(count)
     )
     if parts_ref is not None:
@@ -199,8 +190,8 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
     def slab(start: Any) -> None:
         for k in range(count):
             at = lanes(k, start, columns)
-            through_ref[k] = _dot(left_ref[...], fn_source[:, at], _PLAIN)
-            d_fn = _dot(right_ref[...], new_ref[:, at], _PLAIN)
+            through_ref[k] = dot(left_ref[...], fn_source[:, at], PLAIN)
+            d_fn = dot(right_ref[...], new_ref[:, at], PLAIN)
             if parts_ref is not None:
                 d_fn = (d_fn[2 * rows :] + d_fn[rows : 2 * rows]) + d_fn[:rows]
             d_fn_ref[:, at] += d_fn
@@ -251,13 +242,13 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
             [jnp.concatenate([found[k].astype(dtype) for found, _ in tiles], axis=1) for k in range(count)], axis=0
         )
         # Both of the weights' parts meet the same d_new.
-        mixed = _dot(matrix_ref[group], jnp.concatenate([d_new, d_new], axis=0), _PLAIN)
+        mixed = dot(matrix_ref[group], jnp.concatenate([d_new, d_new], axis=0), PLAIN)
         old = []
         for j, (source, target, stream) in enumerate(written):
             here = lanes(stream, start, columns)
             target[at, here] = mixed[j * size : (j + 1) * size].astype(dtype)
             old.append(source[at, here])
-        sums_ref[group] += _dot(jnp.concatenate(old, axis=0), d_new, _ROWS)
+        sums_ref[group] += dot(jnp.concatenate(old, axis=0), d_new, ROWS)
         return [value + by_gain for value, (_, by_gain) in zip(d_gain, tiles, strict=True)]
 
     jax.lax.fori_loop(0, width // columns, lambda i, _: slab(i * columns), None)
@@ -274,145 +265,3 @@ def _backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
 
     each_block(weight_sums)
     d_maps_ref[...] = jnp.transpose(columns_ref[...])[: count * (count + 1)]
-
-
-def seam_backward(
-    out: jax.Array | None,
-    streams: jax.Array,
-    maps: jax.Array | None,
-    new: jax.Array,
-    fn: jax.Array,
-    base: jax.Array,
-    scale: jax.Array,
-    gain: jax.Array,
-    d_x: jax.Array,
-    d_new: jax.Array,
-    d_new_maps: jax.Array | None,
-    *,
-    is_head: bool,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
-) -> tuple[Any, ...]:
-    """Cotangents of out, streams, maps, fn, base, scale and gain, in their dtypes; None where there is no operand.
-
-    Args:
-      out, streams, maps, fn, base, scale, gain: as `kernel.seam_forward` has them.
-      new: the streams that it gave, the same as `streams` where nothing was written.
-      d_x, d_new, d_new_maps: cotangents of its results; None for the maps of the head.
-
-    Raises:
-      ValueError: not even one tile of tokens fits into VMEM.
-    """
-    batch, length, flat = streams.shape
-    total, width = batch * length, gain.shape[0]
-    count = flat // width
-    chip = current_chip()
-    blocks = choose_backward_blocks(
-        chip, total, count, width, streams.dtype, iterations=iterations, has_write=out is not None, is_head=is_head
-    )
-    spec = Spec(count, width, out is not None, is_head, iterations, eps, norm_eps, blocks)
-    padded, tokens, rows = round_up(width, LANES), blocks.tokens, spec.fn_rows
-    grid = cdiv(total, tokens)
-    size = mixing_bwd.group_tokens(count, tokens, streams.dtype) if out is not None else None
-    groups = tokens // size if size else 0
-    d_weights = (groups * (count + 1), LANES) if size else (count * (count + 1), tokens)
-
-    def deep(x: jax.Array) -> jax.Array:
-        return pad_streams(x.reshape(total, -1), x.shape[-1] // width, padded)
-
-    def by_block(x: jax.Array) -> jax.Array:
-        """[M, B, S] → [blocks, M, tokens]: any block size is whole then."""
-        x = jnp.pad(x.reshape(len(x), total), ((0, 0), (0, grid * tokens - total)))
-        return jnp.moveaxis(x.reshape(len(x), grid, tokens), 1, 0)
-
-    def deep_block(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((tokens, size), lambda t: (t, 0))
-
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda t: (0,) * len(shape))
-
-    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    maps_block = pl.BlockSpec((None, count * (2 + count), tokens), lambda t: (t, 0, 0))
-    operands: list[Any] = [scale, base]
-    in_specs: list[Any] = [scalars, scalars]
-    out_specs: list[Any] = []
-    shapes: list[Any] = []
-    if out is not None:
-        assert maps is not None
-        operands += [deep(out), by_block(maps), deep(streams)]
-        in_specs += [deep_block(padded), maps_block, deep_block(count * padded)]
-        out_specs += [deep_block(padded), pl.BlockSpec((None, *d_weights), lambda t: (t, 0, 0))]
-        shapes.append(jax.ShapeDtypeStruct((total, padded), out.dtype))
-        shapes.append(jax.ShapeDtypeStruct((grid, *d_weights), jnp.float32))
-    operands += [deep(new), deep(d_x), deep(d_new)]
-    in_specs += [deep_block(count * padded), deep_block(padded), deep_block(count * padded)]
-    if d_new_maps is not None:
-        operands.append(by_block(d_new_maps))
-        in_specs.append(maps_block)
-    operands += [
-        jnp.pad(pad_streams(fn, count, padded), ((0, rows - spec.maps), (0, 0))),
-        pad_streams(gain[None], 1, padded),
-    ]
-    in_specs += [whole(rows, count * padded), whole(1, padded)]
-    sums = [(rows, count * padded), (2 * rows, tokens), (1, padded)]
-    out_specs += [deep_block(count * padded), *(whole(*shape) for shape in sums)]
-    shapes.append(jax.ShapeDtypeStruct((total, count * padded), streams.dtype))
-    shapes += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums]
-
-    is_split = streams.dtype == jnp.bfloat16
-    scratch = [
-        pltpu.VMEM((tokens, LANES), jnp.float32),  # sums over columns, one per lane
-        pltpu.VMEM((count * (count + 2) + 3, tokens, LANES), jnp.float32),  # a weight in all lanes of its token
-        # Partial sums of d(post), d(comb): of columns, or products of groups.
-        pltpu.VMEM((groups, (count + 1) * size, LANES) if size else (count * (count + 1), tokens, LANES), jnp.float32),
-        pltpu.VMEM((count, tokens, blocks.columns), jnp.float32),  # dyᵀ · fn
-        pltpu.VMEM((tokens, 4 * rows if is_split else rows), streams.dtype),  # dyᵀ
-        pltpu.VMEM((3 * rows if is_split else rows, tokens), streams.dtype),  # dy
-    ]
-    if is_split:
-        scratch.append(pltpu.VMEM((4 * rows, count * padded), jnp.bfloat16))  # fn
-    if not is_head:
-        scratch.append(pltpu.VMEM(sinkhorn_bwd.record_shape(count, iterations, tokens), jnp.float32))
-    if size:
-        scratch.append(pltpu.VMEM((groups, (count + 1) * size, 2 * LANES), jnp.bfloat16))  # maps as matrices
-    passes = 10 if is_split else 3  # products with fn's rows; beside them some 25 operations per pair of streams
-    positions = grid * tokens * count * padded
-    found = list(
-        pl.pallas_call(
-            functools.partial(_backward_kernel, spec, total),
-            grid=(grid,),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=shapes,
-            scratch_shapes=scratch,
-            compiler_params=compiler_params(chip, semantics=("arbitrary",), vmem_bytes=blocks.vmem_limit),
-            cost_estimate=pl.CostEstimate(
-                flops=positions * (2 * passes * rows + 30 + (4 * (count + 1) if spec.has_write else 0)),
-                transcendentals=grid * tokens * (spec.maps + 2),
-                bytes_accessed=array_bytes(*operands, *shapes),
-            ),
-            name="hyper_connection_head_backward" if is_head else "hyper_connection_seam_backward",
-        )(*operands)
-    )
-    d_out, d_maps = None, None
-    if maps is not None:
-        d_out = found.pop(0)[:, :width].reshape(batch, length, width)
-        by_weight = found.pop(0)
-        if size:
-            by_weight = mixing_bwd.by_token(by_weight.reshape(grid, groups, count + 1, LANES), count, total)
-        else:
-            by_weight = jnp.moveaxis(by_weight, 0, 1).reshape(count * (count + 1), -1)[:, :total]
-        d_maps = jnp.pad(by_weight, ((count, 0), (0, 0))).reshape(maps.shape)
-    d_streams, d_fn, by_token, d_gain = found
-    d_base, d_scaled = jnp.sum(by_token.reshape(2, rows, tokens)[:, : spec.maps], axis=-1)
-    groups = [(0, count)] if is_head else [(0, count), (count, 2 * count), (2 * count, spec.maps)]
-    return (
-        d_out,
-        unpad_streams(d_streams, count, width).reshape(streams.shape),
-        d_maps,
-        unpad_streams(d_fn[: spec.maps], count, width),
-        d_base,
-        jnp.stack([jnp.sum(d_scaled[begin:end]) for begin, end in groups]),
-        d_gain[0, :width],
-    )

@@ -63,12 +63,13 @@ def fill_matrices(maps_ref: Any, places_ref: Any, matrices_ref: Any) -> None:
         matrices_ref[k] = own.astype(jnp.bfloat16)
 
 
-def split_bf16(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three bf16 arrays whose sum is the float32 array, to its last bit."""
-    high = x.astype(jnp.bfloat16)
-    rest = x - high.astype(jnp.float32)
-    middle = rest.astype(jnp.bfloat16)
-    return high, middle, (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
+def split_bf16(x: jax.Array, parts: int = PARTS) -> list[jax.Array]:
+    """bf16 arrays that add up to the float32 array: three to its last bit, two to 2^-16 of it."""
+    found = [x.astype(jnp.bfloat16)]
+    while len(found) < parts:
+        x = x - found[-1].astype(jnp.float32)
+        found.append(x.astype(jnp.bfloat16))
+    return found
 
 
 def mix_tile(matrices: list[jax.Array], rows: list[jax.Array]) -> jax.Array:

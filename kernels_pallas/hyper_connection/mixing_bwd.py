@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kernels_pallas.hyper_connection.mixing import split_bf16
 from kernels_pallas.tpu import LANES, sublanes
 
 
@@ -34,9 +35,8 @@ def fill_weights(target: Any, weights: list[list[jax.Array]]) -> None:
         block = jnp.zeros((size, LANES), jnp.float32)
         for k, weight in enumerate(of_source):
             block = jnp.where(lane == row + k * size, weight, block)
-        high = block.astype(jnp.bfloat16)
-        target[j * size : (j + 1) * size, :LANES] = high
-        target[j * size : (j + 1) * size, LANES:] = (block - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        for part, value in enumerate(split_bf16(block, 2)):
+            target[j * size : (j + 1) * size, part * LANES : (part + 1) * LANES] = value
 
 
 def diagonals(product: jax.Array, size: int) -> list[jax.Array]:

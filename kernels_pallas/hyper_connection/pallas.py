@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from kernels_pallas.hyper_connection.backward import seam_backward
 from kernels_pallas.hyper_connection.kernel import seam_forward
-from kernels_pallas.hyper_connection.kernel_bwd import seam_backward
 
 
 def seam(

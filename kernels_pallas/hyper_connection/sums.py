@@ -1,4 +1,4 @@
-"""Sums and cleared rows of blocks in a kernel."""
+"""Products, sums and cleared rows of blocks in a kernel."""
 
 import functools
 from collections.abc import Iterable
@@ -8,6 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.tpu import SUBLANES, sublanes
+
+ROWS = (((1,), (1,)), ((), ()))
+"""Contracts the last dimensions: rows × rows."""
+PLAIN = (((1,), (0,)), ((), ()))
+
+
+def dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
+    """A product in float32, exact to it for float32 operands."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def sum_of(terms: Iterable[jax.Array]) -> jax.Array:

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels_pallas.index_topk import kernel_select
-from kernels_pallas.index_topk.kernel_select import Rows
+from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_select
+from kernels_pallas.index_topk.kernel_scores import Rows
 from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, check_vmem, round_up, tile_bytes, vmem_budget
 
 SEQUENCES = 16
@@ -58,9 +58,9 @@ def prefill_blocks(
       ValueError: not even 16 queries fit.
     """
     # Long chunks fill the matrix pipeline; four of them at least, so that causal skipping has something to skip.
-    shortest = min(_PREFILL_KEYS[-1], round_up(keys, kernel_select.TILE))
+    shortest = min(_PREFILL_KEYS[-1], round_up(keys, kernel_scores.TILE))
     step = next((step for step in _PREFILL_KEYS if keys >= 4 * step), shortest)
-    padded = kernel_select.padded_width(round_up(keys, step))
+    padded = kernel_scores.padded_width(round_up(keys, step))
     held = score_dtype(chip, dtype)
 
     def needed(tile: int) -> int:
@@ -71,7 +71,7 @@ def prefill_blocks(
         )  # fmt: skip
         if output == "list":
             fixed += tile_bytes((16 * padded // LANES, LANES), jnp.int32)
-        columns = kernel_select.mask_words(padded) if output == "mask" else kernel_select.list_width(topk)
+        columns = kernel_select.mask_words(padded) if output == "mask" else kernel_list.list_width(topk)
         moving = (
             tile_bytes((tile, heads, width), dtype) + tile_bytes((step, width), key_dtype)
             + tile_bytes((tile, columns), jnp.int32) + tile_bytes((tile, heads), jnp.float32)
@@ -96,11 +96,11 @@ def decode_blocks(
       ValueError: not even chunks of 256 keys fit.
     """
     held = score_dtype(chip, dtype)
-    shortest = kernel_select.TILE
+    shortest = kernel_scores.TILE
     longest = min(_KEYS, round_up(keys, shortest))
 
     def choose(step: int) -> Blocks:
-        padded = kernel_select.padded_width(round_up(keys, step))
+        padded = kernel_scores.padded_width(round_up(keys, step))
         fixed = (
             tile_bytes((SEQUENCES, padded), held) + tile_bytes((SEQUENCES, heads, LANES), jnp.float32)
             + tile_bytes((SEQUENCES * padded // LANES, LANES), jnp.int32)
@@ -110,7 +110,7 @@ def decode_blocks(
             tile_bytes((SEQUENCES, step, width), key_dtype) + tile_bytes((SEQUENCES, step), jnp.float32)
             + tile_bytes((SEQUENCES, heads, width), dtype) + tile_bytes((heads, SEQUENCES), jnp.float32)
             + tile_bytes((SEQUENCES, 1), jnp.int32)
-            + tile_bytes((SEQUENCES, kernel_select.list_width(topk)), jnp.int32)
+            + tile_bytes((SEQUENCES, kernel_list.list_width(topk)), jnp.int32)
         )  # fmt: skip
         columns = next(c for c in (2048, 1024, 512, 256) if step % c == 0)
         rows = Rows(SEQUENCES, padded, topk, dtype == jnp.bfloat16, held)

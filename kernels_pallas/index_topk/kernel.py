@@ -2,8 +2,9 @@
 
 One grid step scores a tile of queries against a chunk of keys: 16 queries × 64 heads are rows of the matrix product, in
 the order (group of 8 queries, head, query), so that ReLU, weight and the sum over heads are element-wise on whole
-registers. The tile's scores stay in VMEM; after the last chunk `kernel_select` chooses. Chunks that no query of the
-tile may see are neither read nor scored.
+registers. The tile's scores stay in VMEM; after the last chunk `kernel_threshold` finds each query's k-th and
+`kernel_select` or `kernel_list` writes what is chosen. Chunks that no query of the tile may see are neither read nor
+scored.
 """
 
 import functools
@@ -15,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
-from kernels_pallas.index_topk import kernel_select
+from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_select, kernel_threshold
 from kernels_pallas.index_topk.block_sizes import Blocks
 from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, compiler_params, round_up
 
@@ -81,7 +82,7 @@ def _kernel(
 
         jax.lax.fori_loop(0, spec.rows // SUBLANES, spread_group, None)
         jax.lax.fori_loop(0, spec.rows // _PAIR, functools.partial(_order, q, ordered, staged, heads), None)
-        kernel_select.clear_padding(scores, spec, blocks.chunks * step)
+        kernel_scores.clear_padding(scores, spec, blocks.chunks * step)
 
     def pair(index: Any, _: None) -> None:
         row = pl.multiple_of(index * _PAIR, _PAIR)
@@ -92,15 +93,15 @@ def _kernel(
             value = _scores(rows, spread, index * (2 * heads), keys[0, columns, :], heads)
             if scale is not None:
                 value = value * scale[0, :, columns]
-            value = kernel_select.mask_scores(value, entries[0, :, columns], these)
-            kernel_select.store(scores, spec, row, chunk * step + at, value)
+            value = kernel_scores.mask_scores(value, entries[0, :, columns], these)
+            kernel_scores.store(scores, spec, row, chunk * step + at, value)
 
     if skip:
         is_seen = (chunk >= first) & (chunk < end)
 
         @pl.when(jnp.logical_not(is_seen))
         def _() -> None:
-            kernel_select.clear(scores, spec, chunk * step, step)
+            kernel_scores.clear(scores, spec, chunk * step, step)
 
         @pl.when(is_seen)
         def _() -> None:
@@ -110,12 +111,12 @@ def _kernel(
 
     @pl.when(chunk == blocks.chunks - 1)
     def _() -> None:
-        groups = kernel_select.groups_of(spec, first, end, step)
-        kernel_select.find_threshold(scores, threshold, room, spec, *groups)
+        groups = kernel_scores.groups_of(spec, first, end, step)
+        kernel_threshold.find_threshold(scores, threshold, room, spec, *groups)
         if output == "mask":
             kernel_select.write_mask(scores, threshold, room, out.at[0], spec, *groups)
         else:
-            kernel_select.write_list(scores, threshold, room, words[0], out.at[0], spec, *groups)
+            kernel_list.write_list(scores, threshold, room, words[0], out.at[0], spec, *groups)
 
 
 def select_prefill(
@@ -132,7 +133,7 @@ def select_prefill(
     chip: Chip,
     skip: bool = True,
 ) -> Int[Array, "B S W"]:
-    """The kernel on arranged operands; `api` arranges.
+    """The kernel on arranged operands; `pallas` arranges.
 
     Args:
       span: per batch row and tile of queries, the first chunk of keys with a visible one and the one after the last.
@@ -170,7 +171,7 @@ def select_prefill(
         in_specs.append(block((1, step), lambda b, i, c, span: (b, 0, chunk_of(b, i, c, span))))
         operands.append(scale)
     is_mask = output == "mask"
-    columns = kernel_select.mask_words(spec.width) if is_mask else kernel_select.list_width(spec.topk)
+    columns = kernel_select.mask_words(spec.width) if is_mask else kernel_list.list_width(spec.topk)
     body = functools.partial(_kernel, blocks=blocks, heads=heads, has_scale=scale is not None, output=output, skip=skip)
     return pl.pallas_call(
         body,
@@ -180,12 +181,12 @@ def select_prefill(
             in_specs=in_specs,
             out_specs=block((spec.rows, columns), lambda b, i, c, span: (b, i, 0)),
             scratch_shapes=[
-                kernel_select.scratch(spec),
+                kernel_scores.scratch(spec),
                 pltpu.VMEM((spec.rows * heads, width), q.dtype),
                 pltpu.VMEM((_PAIR * round_up(heads, SUBLANES), width), jnp.float32),
                 pltpu.VMEM((spec.rows // SUBLANES * heads, SUBLANES, LANES), jnp.float32),
-                *kernel_select.level_scratch(spec),
-                *([] if is_mask else [kernel_select.list_scratch(spec)]),
+                *kernel_threshold.level_scratch(spec),
+                *([] if is_mask else [kernel_list.list_scratch(spec)]),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries_padded, columns), jnp.int32),

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
-from kernels_pallas.index_topk import kernel_select
+from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_threshold
 from kernels_pallas.index_topk.block_sizes import SEQUENCES, Blocks
 from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, cdiv, compiler_params
 
@@ -67,7 +67,7 @@ def _kernel(
     def _() -> None:
         for b in range(sequences):
             spread[b] = jnp.broadcast_to(weights[0, :, b : b + 1], spread.shape[1:])
-        kernel_select.clear_padding(scores, spec, blocks.chunks * step)
+        kernel_scores.clear_padding(scores, spec, blocks.chunks * step)
 
     def eight(first: int, window: Any, size: int) -> jax.Array:
         """Scores of 8 sequences; zero for those that no group has."""
@@ -89,14 +89,14 @@ def _kernel(
             if scale is not None:
                 value = value * scale[0, :, window]
             entry = chunk * step + start + jax.lax.broadcasted_iota(jnp.int32, value.shape, 1)
-            value = kernel_select.mask_where(entry < visible[...], value)
-            kernel_select.store(scores, spec, 0, chunk * step + start, value)
+            value = kernel_scores.mask_where(entry < visible[...], value)
+            kernel_scores.store(scores, spec, 0, chunk * step + start, value)
 
     if skip:
 
         @pl.when(chunk >= end)
         def _() -> None:
-            kernel_select.clear(scores, spec, chunk * step, step)
+            kernel_scores.clear(scores, spec, chunk * step, step)
 
         @pl.when(chunk < end)
         def _() -> None:
@@ -106,9 +106,9 @@ def _kernel(
 
     @pl.when(chunk == blocks.chunks - 1)
     def _() -> None:
-        groups = kernel_select.groups_of(spec, 0, end, step)
-        kernel_select.find_threshold(scores, threshold, room, spec, *groups)
-        kernel_select.write_list(scores, threshold, room, words, out, spec, *groups)
+        groups = kernel_scores.groups_of(spec, 0, end, step)
+        kernel_threshold.find_threshold(scores, threshold, room, spec, *groups)
+        kernel_list.write_list(scores, threshold, room, words, out, spec, *groups)
 
 
 def select_decode(
@@ -124,7 +124,7 @@ def select_decode(
     chip: Chip,
     skip: bool = True,
 ) -> Int[Array, "B K"]:
-    """The kernel on arranged operands; `api` arranges.
+    """The kernel on arranged operands; `pallas` arranges.
 
     Args:
       layer: which of the stacked caches is read.
@@ -161,7 +161,7 @@ def select_decode(
             pl.BlockSpec((1, SEQUENCES, step), lambda g, c, layer, ends: (layer[0], g, chunk_of(g, c, ends)))
         )
         operands.append(scale)
-    slots = kernel_select.list_width(spec.topk)
+    slots = kernel_list.list_width(spec.topk)
     body = functools.partial(_kernel, blocks=blocks, sequences=sequences, has_scale=scale is not None, skip=skip)
     return pl.pallas_call(
         body,
@@ -171,10 +171,10 @@ def select_decode(
             in_specs=in_specs,
             out_specs=pl.BlockSpec((SEQUENCES, slots), lambda g, c, layer, ends: (g, 0)),
             scratch_shapes=[
-                kernel_select.scratch(spec),
+                kernel_scores.scratch(spec),
                 pltpu.VMEM((SEQUENCES, heads, LANES), jnp.float32),
-                *kernel_select.level_scratch(spec),
-                kernel_select.list_scratch(spec),
+                *kernel_threshold.level_scratch(spec),
+                kernel_list.list_scratch(spec),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, slots), jnp.int32),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.index_topk import index_topk, index_topk_decode, kernel_select, pallas, reference
+from kernels_pallas.index_topk import index_topk, index_topk_decode, kernel_scores, pallas, reference
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 
@@ -244,7 +244,7 @@ def test_the_selection_carries_no_gradient():
 
 def test_steps_of_a_count_cover_the_scores_exactly():
     for rows, width in [(16, 256), (64, 4096), (16, 32768), (128, 12288), (16, 262144)]:
-        spec = kernel_select.Rows(rows, width, 8, True, jnp.bfloat16)
+        spec = kernel_scores.Rows(rows, width, 8, True, jnp.bfloat16)
         assert spec.width % spec.span == 0
         assert spec.span % spec.group == 0
         assert 2 * spec.span // 128 // 2 <= 256  # what a lane counts in bfloat16
