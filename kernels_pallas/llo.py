@@ -7,7 +7,10 @@ from pathlib import Path
 
 _ESTIMATE = re.compile(r"hlo_op_estimate \{(.*?)\n\}", re.DOTALL)
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+([A-Z ]*):\s*((?:>\s*)*)\{(.*)")
-_EXIT_TEST = re.compile(r"%(p\d+)_p\d+ = scmp\.\w+\.s32\.totalorder (?:\(%p\w+\), )?%\S+, (\d+) /\* loop exit test")
+_EXIT_TEST = re.compile(
+    r"%(p\d+)_p\d+ = scmp\.\w+\.s32\.totalorder (?:\(%p\w+\), )?%(s\d+)_s\d+, (\d+) /\* loop exit test"
+)
+_STEP = re.compile(r"%(s\d+)_s\d+ = sadd\.s32 (?:\(%p\w+\), )?(\d+), %s")
 _BRANCH = re.compile(r"sbr\.rel \(!?%(p\d+)_p\d+\)")
 
 
@@ -56,6 +59,7 @@ def count_bundles(listing: str) -> int | None:
     """
     loops = [_Loop(0)]
     exits: dict[str, int] = {}
+    steps: dict[str, int] = {}
 
     def leave(depth: int) -> None:
         while loops[-1].depth > depth and loops[-1].trips is not None:
@@ -74,8 +78,9 @@ def count_bundles(listing: str) -> int | None:
         if "LB" in label and depth:
             loops.append(_Loop(depth, is_grid="iteration index, stage" in text))
         loops[-1].bundles += 1
-        for name, bound in _EXIT_TEST.findall(text):
-            exits[name] = int(bound)
+        steps.update((name, int(step)) for name, step in _STEP.findall(text))
+        # An unrolled loop counts in steps of more than one.
+        exits.update((name, -(-int(bound) // steps.get(index, 1))) for name, index, bound in _EXIT_TEST.findall(text))
         if (branch := _BRANCH.search(text)) and branch[1] in exits:
             loops[-1].trips = exits[branch[1]]
     leave(0)

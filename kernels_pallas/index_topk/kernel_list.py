@@ -20,6 +20,8 @@ _SLOTS = 1 << 14
 """Ranks fit the upper bits of a word beside 10 bits of difference."""
 _EMPTY = (_SLOTS - 1) << 10 | 256
 _LIST_ROWS = 16
+_TOGETHER = 4
+"""Queries whose slots are looked up together: their products wait for one another's otherwise."""
 
 
 def list_width(topk: int) -> int:
@@ -111,11 +113,12 @@ def write_list(scores: Any, threshold: Any, room: Any, words: Any, out: Any, spe
         count = _rank_blocks(scores, threshold, room, words, spec, row, first, end)
         out[pl.ds(row, _LIST_ROWS), :] = jnp.concatenate([count.astype(jnp.int32)] * (slots // LANES), axis=1)
 
-        def one_query(query: Any, _: None) -> None:
-            at = pl.ds(row + query, 1)
-            keys = _look_up(words, spec, query, slots)
-            out[at, :] = jnp.where(iota((1, slots), 1) < out[at, :], keys, -1)
+        def some_queries(first: Any, _: None) -> None:
+            for query in range(_TOGETHER):
+                at = pl.ds(row + first * _TOGETHER + query, 1)
+                keys = _look_up(words, spec, first * _TOGETHER + query, slots)
+                out[at, :] = jnp.where(iota((1, slots), 1) < out[at, :], keys, -1)
 
-        jax.lax.fori_loop(0, _LIST_ROWS, one_query, None)
+        jax.lax.fori_loop(0, _LIST_ROWS // _TOGETHER, some_queries, None)
 
     jax.lax.fori_loop(0, spec.rows // _LIST_ROWS, some_rows, None)

@@ -57,7 +57,7 @@ class Rows:
     @property
     def block(self) -> int:
         """Queries per step."""
-        return next(block for block in (64, 48, 32, 16) if self.rows % block == 0)
+        return next(block for block in (256, 128, 64, 48, 32, 16) if self.rows % block == 0)
 
 
 def padded_width(keys: int) -> int:
@@ -73,12 +73,16 @@ def scratch(spec: Rows) -> Any:
 
 
 def load(scores: Any, spec: Rows, row: Any, rows: int, column: Any, columns: int) -> Float[Array, "R C"]:
-    """A block of the scores; row and rows are multiples of 16, columns of 128."""
+    """A block of the scores; row and rows are multiples of 16, columns of 128.
+
+    Args:
+      scores: reference as `scratch` makes it, or of floats in their own layout.
+    """
     at = pl.ds(column if isinstance(column, int) else pl.multiple_of(column, LANES), columns)
-    if spec.dtype == jnp.bfloat16:
+    if scores.dtype == jnp.int32:
         words = scores[pl.ds(pl.multiple_of(row // 2, SUBLANES), rows // 2), at]
         return pltpu.bitcast(words, jnp.bfloat16)
-    return scores[pl.ds(pl.multiple_of(row, SUBLANES), rows), at]
+    return scores[pl.ds(pl.multiple_of(row, SUBLANES), rows), at].astype(spec.dtype)
 
 
 def store(scores: Any, spec: Rows, row: Any, column: Any, values: Float[Array, "R C"]) -> None:

@@ -58,17 +58,21 @@ def choose(x: jax.Array, threshold: jax.Array, room: jax.Array, prefix: jax.Arra
     Args:
       x: scores [R, group]. threshold, room: [R, 128], as `find_threshold` leaves them (room less what was chosen).
     """
-    rows, tiles = x.shape[0], x.shape[1] // TILE
+    tiles = x.shape[1] // TILE
     one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)
     level = jnp.concatenate([threshold, threshold], axis=1)
     parts = [x[:, t * TILE : (t + 1) * TILE] for t in range(tiles)]
-    ties = [jnp.where(part == level, one, zero) for part in parts]
-    ranks = dot(jnp.concatenate([tie.astype(jnp.bfloat16) for tie in ties], axis=0), prefix)
+    ties = [part == level for part in parts]
+    ranks = dot(jnp.concatenate([jnp.where(tie, one, zero).astype(jnp.bfloat16) for tie in ties], axis=0), prefix)
     chosen = []
-    for t in range(tiles):
-        rank = ranks[t * rows : (t + 1) * rows]
-        fits = jnp.where(rank <= jnp.concatenate([room, room], axis=1), 1.0, 0.0).astype(x.dtype)
-        flags = jnp.where(parts[t] > level, one, zero) + ties[t] * fits
+    for part, tie, rank in zip(parts, ties, jnp.split(ranks, tiles), strict=True):
+        fits = rank <= jnp.concatenate([room, room], axis=1)
+        if x.dtype == jnp.float32:
+            flags = jnp.where((part > level) | (tie & fits), one, zero)
+        else:  # masks of two widths do not meet: numbers do
+            flags = jnp.where(part > level, one, zero) + jnp.where(tie, one, zero) * jnp.where(fits, 1.0, 0.0).astype(
+                x.dtype
+            )
         chosen.append(flags.astype(jnp.bfloat16))
         room = room - jnp.broadcast_to(rank[:, TILE - 1 :], room.shape)
     return chosen, room

@@ -32,6 +32,12 @@ def test_an_exit_test_under_a_predicate_gives_its_trips_too():
     assert llo.count_bundles(LISTING.replace("%s3_s1, 4 /* loop", "(%p4_p9), %s3_s1, 4 /* loop")) == 2 + 3 * (5 + 4 * 4)
 
 
+def test_a_loop_that_counts_in_steps_has_fewer_trips():
+    step = "%s6_s1 = sadd.s32 2, %s4_s1 ;; %p8_p1 = scmp.ge.s32.totalorder %s6_s1, 4"
+    unrolled = LISTING.replace("%p8_p1 = scmp.ge.s32.totalorder %s3_s1, 4", step)
+    assert llo.count_bundles(unrolled) == 2 + 3 * (5 + 2 * 4)
+
+
 def test_a_trip_count_that_the_listing_lacks_leaves_no_figure():
     assert llo.count_bundles(LISTING.replace("%s3_s1, 4 /* loop", "%s3_s1, %s4_s2 /* loop")) is None
 
