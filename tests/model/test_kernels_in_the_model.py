@@ -1,27 +1,89 @@
-"""The whole model with TPU kernels forced, interpreted on the CPU, against the goldens."""
+"""The whole model with every TPU kernel forced, interpreted on the CPU: logits of a prefill and of decoding against the
+goldens, gradients against those of the plain model.
 
-from pathlib import Path
+Logits are causal, so that the goldens' first tokens stand for a shorter sequence: one that exceeds the window and has
+a complete entry of every kind of compression. Layers are stacked: each kind of them is compiled once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
+from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax import ops
 from v4jax.loading import load
 
-SEAMS = ["hyper_connection_seam=pallas", "hyper_connection_leave=pallas"]
+LENGTH = 140
+FORCED = {
+    f"{name}=pallas"
+    for name in (
+        "hyper_connection_seam", "hyper_connection_leave", "index_topk", "index_topk_decode", "sparse_attention",
+        "sparse_attention_decode",
+    )
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    folder = shared / "goldens" / "flash_like_f32"
+    return load(folder, stacked=True), np.load(folder / "expected.npz")
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    with ops.implementations(FORCED), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        yield
+
+
+def assert_close(got: Any, want: np.ndarray) -> None:
+    assert np.abs(np.asarray(got) - want).max() <= tolerances.KERNEL_MODEL
+
+
+@pytest.mark.slow
+def test_a_prefill_equals_the_goldens(golden) -> None:
+    model, expected = golden
+    tokens = jnp.asarray(expected["tokens"][:1, :LENGTH])
+    with kernels():
+        logits, mtp_logits = jax.block_until_ready(jax.jit(lambda m, x: (m(x), m.mtp_logits(x)))(model, tokens))
+    assert_close(logits, expected["logits"][:1, :LENGTH])
+    assert_close(mtp_logits, expected["mtp_logits"][:1, : LENGTH - 1])
+
+
+@pytest.mark.slow
+def test_decoding_equals_the_goldens(golden) -> None:
+    """Through the end of the window and of an entry, which both come with the 128th token."""
+    model, expected = golden
+    tokens, start, end = expected["tokens"], 126, 131
+    cache = model.init_cache(len(tokens), end)
+    _, cache = jax.jit(lambda m, x, c: m.extend(x, c))(model, tokens[:, :start], cache)
+    step = jax.jit(lambda m, x, c: m.decode_step(x, c))
+    with kernels():
+        for position in range(start, end):
+            logits, cache = jax.block_until_ready(step(model, tokens[:, position], cache))
+            assert_close(logits, expected["logits"][:, position])
 
 
 @pytest.mark.nightly
-def test_seam_kernels_in_every_layer_equal_the_goldens(shared: Path) -> None:
-    folder = shared / "goldens" / "flash_like_f32"
-    expected = dict(np.load(folder / "expected.npz"))
-    model = load(folder, stacked=False)
-    tokens = expected["tokens"]
-    with ops.implementations(SEAMS), pltpu.force_tpu_interpret_mode():
-        logits = jax.jit(lambda model, tokens: model.logits(model.hidden(tokens).hidden))(model, tokens)
-        logits.block_until_ready()
-    difference = np.abs(np.asarray(logits) - expected["logits"]).max()
-    assert difference <= tolerances.KERNEL_MODEL
+def test_gradients_equal_those_of_the_plain_model(golden) -> None:
+    model, expected = golden
+    definition, parameters, rest = nnx.split(model, nnx.Param, ...)
+    tokens = jnp.asarray(expected["tokens"][:1, :LENGTH])
+    weights = np.random.default_rng(0).standard_normal((*tokens.shape, model.config.vocab_size)).astype(np.float32)
+
+    def gradients(parameters: Any) -> Any:
+        def objective(parameters: Any) -> jax.Array:
+            return jnp.sum(nnx.merge(definition, parameters, rest)(tokens) * weights)
+
+        return jax.block_until_ready(jax.jit(jax.grad(objective))(parameters))
+
+    want = gradients(parameters)
+    with kernels():
+        got = gradients(parameters)
+    tolerances.assert_gradients_close(got, want, tolerances.KERNEL_MODEL)
