@@ -137,6 +137,7 @@ def measure_cases(
     batch: int = 1,
     static: bool = True,
     seconds: int = 600,
+    static_seconds: int | None = None,
     keep: Path | None = None,
 ) -> Iterator[Measurement]:
     """Compiles cases, `batch` of them per subprocess; those that a dying process took with it run again alone.
@@ -146,29 +147,26 @@ def measure_cases(
       static: whether to ask for S. Where the compiler aborts over it or exceeds its time, B alone is given and
         `note` says so.
       seconds: limit per case.
+      static_seconds: limit per case where S is asked for, by default the same.
       keep: folder for the compiler's listings, by default removed.
 
     Yields:
       One measurement per case, in their order.
     """
     static = static and all(case.static for case in cases)
+    limit = static_seconds or seconds if static else seconds
     for start in range(0, len(cases), batch):
         group = list(cases[start : start + batch])
-        found = _subprocess(group, chip, python, static, seconds, keep)
+        found = _subprocess(group, chip, python, static, limit, keep)
         for case in group:
             result = found.get(case.label)
-            if result is None or _aborted(result):
-                result = _alone(case, chip, python, static, seconds, keep)
+            if result is None or (_aborted(result) and len(group) > 1):
+                result = _subprocess([case], chip, python, static, limit, keep)[case.label]
+            if _aborted(result) and static:
+                without = _subprocess([case], chip, python, False, seconds, keep)[case.label]
+                if without.error is None:
+                    result = dataclasses.replace(without, note=f"no static cycles: {result.error}")
             yield result
-
-
-def _alone(case: Case, chip: Chip, python: str, static: bool, seconds: int, keep: Path | None) -> Measurement:
-    result = _subprocess([case], chip, python, static, seconds, keep)[case.label]
-    if _aborted(result) and static:
-        without = _subprocess([case], chip, python, False, seconds, keep)[case.label]
-        if without.error is None:
-            return dataclasses.replace(without, note=f"no static cycles: {result.error}")
-    return result
 
 
 def _aborted(result: Measurement) -> bool:

@@ -55,7 +55,8 @@ ALLOWED = {
     "v4jax.peer": USES | {"v4jax.cost"},
     "v4jax.bench_sides": USES | {"v4jax.cost", "v4jax.peer"},
     "v4jax.bench": USES | KERNELS | {"v4jax.cost", "v4jax.bench_sides"},
-    "v4jax.bench_kernels": KERNELS | {"v4jax.errors", "v4jax.plotting"},
+    "v4jax.bench_kernels": KERNELS | {"v4jax.errors", "v4jax.bench_kernels_report"},
+    "v4jax.bench_kernels_report": {"v4jax.errors", "v4jax.plotting"},
     "v4jax.bench_verb": {"v4jax.bench", "v4jax.bench_kernels"},
     "v4jax.cli": {"v4jax", "kernels_pallas"},
 }

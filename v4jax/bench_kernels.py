@@ -15,13 +15,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from kernels_pallas.aot import Measurement, measure_cases
 from kernels_pallas.cases import Case, accepted_cycles, all_cases, find_cases, floor_cycles
 from kernels_pallas.tpu import CHIPS, chip_named
+from v4jax.bench_kernels_report import draw, markdown, print_table
 from v4jax.errors import UsageError, UserError
-from v4jax.plotting import new_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,13 @@ class KernelOptions:
     """Ask for static-profile cycles too; they can take minutes for a kernel with large loop bodies."""
     seconds: int = 600
     """Limit for one compilation."""
+    static_seconds: int | None = None
+    """Limit for one that is asked for static cycles, by default the same; beyond it the case has bundles alone."""
     json: Path | None = None
-    """Also write the figures to this file."""
+    """Also write the figures to this file, after every case."""
+    resume: bool = False
+    """Keep what --json holds from before, of other chips and cases too, and compile only what is missing there: a case
+    without figures, or, with --static, one that was not asked for them. Figures say which versions they are of."""
     markdown: Path | None = None
     """Also write the table to this file, with the date and the compilers' versions."""
     picture: Path | None = None
@@ -55,32 +59,88 @@ def run(options: KernelOptions) -> None:
     unknown = [name for name in options.chip if name not in CHIPS]
     if unknown:
         raise UsageError(f"--chip: got {', '.join(unknown)}, need {', '.join(CHIPS)}")
+    rows = _read_rows(options)
     python = options.python or sys.executable
     if options.make_environment is not None:
         python = make_environment(options.make_environment)
-    rows, versions = [], {}
+    wanted = [
+        (name, case)
+        for name in options.chip
+        for case in cases
+        if name in case.chips and _is_missing(rows.get(_key(name, case)), case, options.static)
+    ]
     with Progress(console=Console(stderr=True)) as progress:
-        total = sum(name in case.chips for name in options.chip for case in cases)
-        task = progress.add_task("compiling", total=total)
-        for name in options.chip:
-            chip = chip_named(name)
-            wanted = [case for case in cases if name in case.chips]
-            measured = measure_cases(wanted, chip, python=python, static=options.static, seconds=options.seconds)
-            for case, result in zip(wanted, measured, strict=True):
-                rows.append(make_row(case, result))
-                versions |= result.versions
-                progress.update(task, advance=1, description=f"{name} {case.label}")
-    report = {"rows": rows, "versions": versions, "date": datetime.date.today().isoformat()}
+        task = progress.add_task("compiling", total=len(wanted))
+        for name, case in wanted:
+            progress.update(task, description=f"{name} {case.label}")
+            (result,) = measure_cases(
+                [case], chip_named(name), python=python, static=options.static, seconds=options.seconds,
+                static_seconds=options.static_seconds,
+            )  # fmt: skip
+            rows[_key(name, case)] = make_row(case, result, static=options.static)
+            if options.json is not None:
+                _write(options.json, make_report(rows.values()))
+            progress.update(task, advance=1)
+    report = make_report(rows.values())
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        _write(options.json, report)
     if options.markdown is not None:
         options.markdown.write_text(markdown(report))
     if options.picture is not None:
         draw(report, options.picture)
-    _print(report)
-    failed = [row for row in rows if row["error"]]
+    print_table(report)
+    failed = [row for row in report["rows"] if row["error"]]
     if failed:
         raise UserError(f"{len(failed)} of {len(rows)} cases did not compile, the first: {failed[0]['error']}")
+
+
+def _key(chip: str, case: Case) -> tuple[str, str, str]:
+    return chip, case.op, case.name
+
+
+def _is_missing(row: dict[str, Any] | None, case: Case, static: bool) -> bool:
+    """Whether a case is to be compiled (again)."""
+    if row is None or row["error"] is not None:
+        return True
+    return static and case.static and not row["static_asked"]
+
+
+def _read_rows(options: KernelOptions) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The rows of an earlier run that still have a case.
+
+    Raises:
+      UsageError: nowhere to resume from.
+      UserError: the file is none of ours.
+    """
+    if not options.resume:
+        return {}
+    if options.json is None:
+        raise UsageError("--resume: got no --json, need the file of the run to go on with")
+    if not options.json.exists():
+        return {}
+    try:
+        rows = json.loads(options.json.read_text())["rows"]
+        known = {(case.op, case.name) for case in all_cases()}
+        return {(r["chip"], r["op"], r["case"]): r for r in rows if (r["op"], r["case"]) in known}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {options.json} is no report of bench kernels: {error!r}; remove it") from None
+
+
+def _write(file: Path, report: dict[str, Any]) -> None:
+    """All of the file or nothing."""
+    beside = file.with_name(file.name + ".part")
+    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.replace(file)
+
+
+def make_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What `--json` holds: rows by chip and case, the versions of each, all versions, today's date."""
+    place = {(case.op, case.name): i for i, case in enumerate(all_cases())}
+    rows = sorted(rows, key=lambda row: (list(CHIPS).index(row["chip"]), place.get((row["op"], row["case"]), 0)))
+    versions: dict[str, str] = {}
+    for row in rows:
+        versions |= row["versions"]
+    return {"rows": rows, "versions": versions, "date": datetime.date.today().isoformat()}
 
 
 def select_cases(names: Iterable[str]) -> tuple[Case, ...]:
@@ -105,8 +165,12 @@ def select_cases(names: Iterable[str]) -> tuple[Case, ...]:
     return tuple({case.label: case for case in found}.values())
 
 
-def make_row(case: Case, result: Measurement) -> dict[str, Any]:
-    """One row of `--json`; null where a figure was not had. The ratio is S to the floor, or B where there is no S."""
+def make_row(case: Case, result: Measurement, *, static: bool = True) -> dict[str, Any]:
+    """One row of `--json`; null where a figure was not had. The ratio is S to the floor, or B where there is no S.
+
+    Args:
+      static: whether S was asked for.
+    """
     chip = chip_named(result.chip)
     cycles = result.cycles_static if result.cycles_static is not None else result.bundles
     floor = floor_cycles(case, chip)
@@ -114,6 +178,7 @@ def make_row(case: Case, result: Measurement) -> dict[str, Any]:
     return {
         "op": case.op,
         "case": case.name,
+        "model": case.model,
         "chip": chip.name,
         "cycles_static": result.cycles_static,
         "bundles": result.bundles,
@@ -129,6 +194,8 @@ def make_row(case: Case, result: Measurement) -> dict[str, Any]:
         "inputs": case.inputs,
         "note": result.note,
         "error": result.error,
+        "static_asked": static and case.static,
+        "versions": result.versions,
     }
 
 
@@ -149,99 +216,3 @@ def make_environment(folder: Path) -> str:
             f"--make-environment {folder}: {error}; install python3.12, or name one with --python"
         ) from None
     return os.fspath(python)
-
-
-# ---- report ----------------------------------------------------------------------------------------------------------
-_COLUMNS = (
-    "chip",
-    "operation",
-    "case",
-    "S",
-    "B",
-    "floor",
-    "ratio",
-    "to reach",
-    "best known",
-    "VMEM MiB",
-    "HBM temp MiB",
-)
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    def count(value: float | None) -> str:
-        return "–" if value is None else f"{value / 1000:,.1f}k"
-
-    def mebi(value: int | None) -> str:
-        return "–" if value is None else f"{value / (1 << 20):.1f}"
-
-    best = row["best_known"]
-    return (
-        row["chip"],
-        row["op"],
-        row["case"],
-        count(row["cycles_static"]),
-        count(row["bundles"]),
-        count(row["floor_cycles"]),
-        "failed" if row["error"] else "–" if row["ratio"] is None else f"{row['ratio']:.2f} {row['ratio_kind']}",
-        "–" if row["target"] is None else f"{row['target']:.2f} {row['target_kind']}",
-        "–" if best is None else f"{best['kind']} {count(best['cycles'])}",
-        mebi(row["vmem_bytes"]),
-        mebi(row["hbm_temp_bytes"]),
-    )
-
-
-def _print(report: dict[str, Any]) -> None:
-    table = Table(title="the TPU compiler's cycles (its model, not times)", box=None, header_style="dim")
-    for i, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
-    for row in report["rows"]:
-        table.add_row(*_cells(row))
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table)
-    for row in report["rows"]:
-        if row["error"] or row["note"]:
-            message = f"{row['chip']} {row['op']}/{row['case']}: {row['error'] or row['note']}"
-            console.print(message, markup=False, soft_wrap=True)
-    console.print("  ".join(f"{name} {version}" for name, version in report["versions"].items()), style="dim")
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The table as Markdown, with date and versions."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines = [
-        f"Compiled on {report['date']} with {versions}.",
-        "",
-        f"| {' | '.join(_COLUMNS)} |",
-        f"|{'|'.join('---' if i < 3 else '---:' for i in range(len(_COLUMNS)))}|",
-    ]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in report["rows"]]
-    return "\n".join(lines) + "\n"
-
-
-def draw(report: dict[str, Any], file: Path) -> None:
-    """Bars of the ratio to the floor, target and best known figure as marks.
-
-    Raises:
-      UserError: matplotlib is not installed.
-    """
-    rows = [row for row in report["rows"] if row["ratio"] is not None]
-    if not rows:
-        raise UserError("--picture: no case has cycles to draw")
-    try:
-        figure, axes = new_figure(9, 1 + 0.32 * len(rows))
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'v4jax[plot]'") from None
-    names = [f"{row['chip']}  {row['op']}/{row['case']} ({row['ratio_kind']})" for row in rows]
-    axes.barh(names, [row["ratio"] for row in rows], color="#4c72b0", label="ours")
-    for i, row in enumerate(rows):
-        if row["target"] is not None:
-            axes.plot([row["target"]] * 2, [i - 0.4, i + 0.4], color="#55a868", label="to reach")
-        if row["best_known"] is not None:
-            axes.plot(row["best_known"]["cycles"] / row["floor_cycles"], i, "x", color="#c44e52", label="best known")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel("compiler cycles ÷ floor")
-    handles, labels = axes.get_legend_handles_labels()
-    marks = dict(zip(labels, handles, strict=True))
-    axes.legend(marks.values(), marks.keys())
-    figure.savefig(file, dpi=130)
