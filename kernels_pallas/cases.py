@@ -66,6 +66,8 @@ class Case:
     """Where it is compiled."""
     static: bool = True
     """Whether S is asked for: its cost grows with the grid steps, and thousands of them exhaust the memory."""
+    counts_bundles: bool = True
+    """Whether B means anything: not where most bundles are issued in one of many grid steps, and counted in all."""
     in_ci: bool = False
     """Whether CI compiles it (one case per kernel)."""
 

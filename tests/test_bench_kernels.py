@@ -47,6 +47,8 @@ def test_a_row_has_the_promised_keys_and_the_ratio_of_s_or_of_b():
     without = make_row(SEAM, dataclasses.replace(MEASURED, cycles_static=None))
     assert without["ratio"] == pytest.approx(220_000 / floor)
     assert without["ratio_kind"] == "B"
+    uncounted = dataclasses.replace(SEAM, counts_bundles=False)
+    assert make_row(uncounted, dataclasses.replace(MEASURED, cycles_static=None))["ratio"] is None
     # The compiler's model knows no bandwidth: nothing counts as faster than its traffic.
     assert make_row(SEAM, dataclasses.replace(MEASURED, cycles_static=1000))["ratio"] == 1.0
     assert make_row(SEAM, Measurement(SEAM.label, "v6e", error="no"))["ratio"] is None

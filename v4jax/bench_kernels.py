@@ -38,6 +38,9 @@ class KernelOptions:
     """Make such an environment in this folder with `python3.12 -m venv`, and use it."""
     static: bool = True
     """Ask for static-profile cycles too; they can take minutes for a kernel with large loop bodies."""
+    batch: int = 1
+    """Cases per process, which saves its start; those that a dying one takes with it run again alone. Only without
+    --static, of which every case has its own share."""
     seconds: int = 600
     """Limit for one compilation."""
     static_seconds: int | None = None
@@ -59,6 +62,8 @@ def run(options: KernelOptions) -> None:
     unknown = [name for name in options.chip if name not in CHIPS]
     if unknown:
         raise UsageError(f"--chip: got {', '.join(unknown)}, need {', '.join(CHIPS)}")
+    if options.batch < 1 or (options.batch > 1 and options.static):
+        raise UsageError(f"--batch: got {options.batch}, need 1, or at least 1 with --no-static")
     rows = _read_rows(options)
     python = options.python or sys.executable
     if options.make_environment is not None:
@@ -71,16 +76,20 @@ def run(options: KernelOptions) -> None:
     ]
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=len(wanted))
-        for name, case in wanted:
-            progress.update(task, description=f"{name} {case.label}")
-            (result,) = measure_cases(
-                [case], chip_named(name), python=python, static=options.static, seconds=options.seconds,
-                static_seconds=options.static_seconds,
-            )  # fmt: skip
-            rows[_key(name, case)] = make_row(case, result, static=options.static)
-            if options.json is not None:
-                _write(options.json, make_report(rows.values()))
-            progress.update(task, advance=1)
+        for name in options.chip:
+            of_chip = [case for chip, case in wanted if chip == name]
+            for start in range(0, len(of_chip), options.batch):
+                group = of_chip[start : start + options.batch]
+                progress.update(task, description=f"{name} {group[0].label}")
+                measured = measure_cases(
+                    group, chip_named(name), python=python, batch=len(group), static=options.static,
+                    seconds=options.seconds, static_seconds=options.static_seconds,
+                )  # fmt: skip
+                for case, result in zip(group, measured, strict=True):
+                    rows[_key(name, case)] = make_row(case, result, static=options.static)
+                    if options.json is not None:
+                        _write(options.json, make_report(rows.values()))
+                    progress.update(task, advance=1)
     report = make_report(rows.values())
     if options.json is not None:
         _write(options.json, report)
@@ -166,13 +175,17 @@ def select_cases(names: Iterable[str]) -> tuple[Case, ...]:
 
 
 def make_row(case: Case, result: Measurement, *, static: bool = True) -> dict[str, Any]:
-    """One row of `--json`; null where a figure was not had. The ratio is S to the floor, or B where there is no S.
+    """One row of `--json`; null where a figure was not had.
+
+    The ratio is S to the floor, or B where there is no S and B means anything.
 
     Args:
       static: whether S was asked for.
     """
     chip = chip_named(result.chip)
-    cycles = result.cycles_static if result.cycles_static is not None else result.bundles
+    cycles = result.cycles_static
+    if cycles is None and case.counts_bundles:
+        cycles = result.bundles
     floor = floor_cycles(case, chip)
     best, target = case.best.get(chip.name), case.targets.get(chip.name)
     return {

@@ -104,7 +104,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
     except ImportError:
         raise UserError("--picture needs matplotlib: pip install 'v4jax[plot]'") from None
     figure.clear()
-    panels = figure.subplots(1, len(chips), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(chips), sharex=True, sharey=True, squeeze=False)[0]
     marks: dict[str, Any] = {}
     for axes, chip in zip(panels, chips, strict=True):
         axes.set_xscale("log")
@@ -126,5 +126,5 @@ def draw(report: dict[str, Any], file: Path) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panels[0].set_yticks(range(len(names)), names, fontsize=7)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.legend(marks.values(), marks.keys(), loc="upper left", ncols=1, fontsize=8)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=len(marks), fontsize=9)
     figure.savefig(file, dpi=110)

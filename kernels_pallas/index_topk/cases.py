@@ -62,6 +62,7 @@ def _prefill(
         targets={"v6e": 1.15 * 1.25, "tpu7x": 1.15 * 1.25} if judged else {},
         inputs="" if skip else _FULL,
         static=judged,
+        counts_bundles=False,  # the selection runs in the last grid step of a tile
         **options,
     )  # fmt: skip
 
@@ -99,6 +100,7 @@ def _decode(
         targets={"v6e": 1.3 * 1.3, "tpu7x": 1.6 * 1.3} if judged else {},
         inputs=_FULL,
         static=judged,
+        counts_bundles=False,  # the selection runs in the last grid step of a tile
         **options,
     )
 
