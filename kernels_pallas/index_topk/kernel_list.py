@@ -20,7 +20,7 @@ _SLOTS = 1 << 14
 """Ranks fit the upper bits of a word beside 10 bits of difference."""
 _EMPTY = (_SLOTS - 1) << 10 | 256
 _LIST_ROWS = 16
-_TOGETHER = 4
+_TOGETHER = 2
 """Queries whose slots are looked up together: their products wait for one another's otherwise."""
 
 
