@@ -94,7 +94,8 @@ def run(options: KernelOptions) -> None:
     if options.json is not None:
         _write(options.json, report)
     if options.markdown is not None:
-        options.markdown.write_text(markdown(report))
+        picture = options.picture and os.path.relpath(options.picture, options.markdown.parent)
+        options.markdown.write_text(markdown(report, picture))
     if options.picture is not None:
         draw(report, options.picture)
     print_table(report)

@@ -64,9 +64,24 @@ def print_table(report: dict[str, Any]) -> None:
     console.print("  ".join(f"{name} {version}" for name, version in report["versions"].items()), style="dim")
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """A table per chip as Markdown, with date and versions."""
-    lines = []
+_PREFACE = """# TPU kernels: the compiler's cycles
+
+Made by `v4jax bench kernels`; the figures are the TPU compiler's own model, never times.
+S: static-profile cycles of the whole program. B: bundles × trip counts, no stalls. The floor is the larger of
+compulsory HBM traffic and matrix-unit work at their peaks; the ratio is max(S or B, traffic) to it. – : not asked for,
+not had in the time given, or without meaning (a trip count that depends on data; regions that run in one of many grid
+steps).
+"""
+
+
+def markdown(report: dict[str, Any], picture: str | None = None) -> str:
+    """A table per chip as Markdown, with date and versions.
+
+    Args:
+      picture: path of `draw`'s, seen from the table's.
+    """
+    lines = [_PREFACE]
+    lines += [f"![Ratios to the floor]({picture})", ""] if picture else []
     for chip in dict.fromkeys(row["chip"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["chip"] == chip]
         versions: dict[str, dict[str, str]] = {}
