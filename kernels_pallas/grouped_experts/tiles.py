@@ -1,4 +1,4 @@
-"""The decoding form on TPU: one loop over tiles of 8 rows, each with the matrices of its one expert.
+"""The form of stacks that hold many layers: one loop over tiles of a few rows, each with its one expert's matrices.
 
 The compiler reads an expert's bytes straight out of the stack of all layers into the product: nothing is copied, and an
 expert that no token chose is never touched. FP4 matrices are multiplied as two halves, even and odd inputs, because
@@ -12,8 +12,14 @@ from kernels_pallas.grouped_experts.reference import dot, swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import data_loop
 
-ROWS = 8
-"""Rows of a tile: the sublanes of a float32 register."""
+MIN_ROWS, MAX_ROWS = 8, 128
+"""Rows of a tile: the sublanes of a float32 register, and what makes a product large enough."""
+
+
+def rows_of_tile(picks: float, experts: int) -> int:
+    """The largest power of two up to the mean load: more tiles read the matrices more often, larger ones are padded."""
+    mean = max(int(picks) // experts, 1)
+    return min(max(1 << (mean.bit_length() - 1), MIN_ROWS), MAX_ROWS)
 
 
 def forward(
@@ -22,6 +28,7 @@ def forward(
     token: jax.Array,
     share: jax.Array,
     last: jax.Array,
+    rows: int,
     limit: float,
     expected: float,
 ) -> jax.Array:
@@ -30,8 +37,9 @@ def forward(
     Args:
       x: [T, D].
       matrices: w1, w3, w2.
-      token: [R] token of each row; share: [R] its routing weight; R is a multiple of 8.
+      token: [R] token of each row; share: [R] its routing weight; R is a multiple of `rows`.
       last: [E] the tile after each expert's last.
+      rows: of a tile.
       limit: of gate and up.
       expected: tiles with work under an even load.
 
@@ -39,13 +47,13 @@ def forward(
       [R, D] float32; zero beyond the last tile.
     """
     gate, up, down = matrices
-    owner = jnp.minimum(jnp.searchsorted(last, jnp.arange(token.shape[0] // ROWS), side="right"), last.shape[0] - 1)
+    owner = jnp.minimum(jnp.searchsorted(last, jnp.arange(token.shape[0] // rows), side="right"), last.shape[0] - 1)
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        expert, start = owner[i], i * ROWS
-        rows = x[jax.lax.dynamic_slice_in_dim(token, start, ROWS)]
-        z = swiglu(_product(rows, gate, expert), _product(rows, up, expert), limit)
-        z = (z * jax.lax.dynamic_slice_in_dim(share, start, ROWS)[:, None]).astype(x.dtype)
+        expert, start = owner[i], i * rows
+        own = x[jax.lax.dynamic_slice_in_dim(token, start, rows)]
+        z = swiglu(_product(own, gate, expert), _product(own, up, expert), limit)
+        z = (z * jax.lax.dynamic_slice_in_dim(share, start, rows)[:, None]).astype(x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, _product(z, down, expert), start, 0)
 
     out = jnp.zeros((token.shape[0], x.shape[1]), jnp.float32)

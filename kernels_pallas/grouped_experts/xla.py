@@ -5,9 +5,8 @@ No array of [tokens, experts] or [experts, capacity] exists, no token is dropped
 experts rounded up to a block each. Plain dots in a loop, because `lax.ragged_dot` is many times slower than a dense
 product off TPU. Quantised matrices are dequantised one expert at a time.
 
-Which form runs: up to 8 picks, one by one; small blocks of a stack that is addressed by layer (decoding on TPU), one
-loop over tiles of 8 rows (`tiles`); other small blocks, weights first; else rows first. Only plain arrays have a
-gradient.
+Which form runs: up to 8 picks, one by one; a stack that is addressed by layer (inference on TPU), one loop over tiles
+of rows (`tiles`); other small blocks, weights first; else rows first. Only plain arrays have a gradient.
 """
 
 import functools
@@ -184,13 +183,11 @@ def _inference(
     x: jax.Array, matrices: Stacks, experts: jax.Array, weights: jax.Array, limit: float, picks: float
 ) -> jax.Array:
     """Without a gradient, for stacks of any kind."""
-    count = matrices[0].shape[0]
-    block = _block_size(int(picks), count)
-    if matrices[0].layer is not None and block <= tiles.ROWS:
-        block = tiles.ROWS
+    count, is_one_of_many = matrices[0].shape[0], matrices[0].layer is not None
+    block = tiles.rows_of_tile(picks, count) if is_one_of_many else _block_size(int(picks), count)
     groups, expected = _group(experts, weights, count, block), _expected(picks, count, block)
-    if matrices[0].layer is not None and block == tiles.ROWS:
-        rows = tiles.forward(x, matrices, groups.token, groups.share, groups.last, limit, expected.tiles)
+    if is_one_of_many:
+        rows = tiles.forward(x, matrices, groups.token, groups.share, groups.last, block, limit, expected.tiles)
         return _gather_sum(rows, groups.slot)
     if block <= _WEIGHTS_FIRST:
         return _forward_few(x, matrices, groups, block, limit, expected)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_select, kernel_threshold
 from kernels_pallas.index_topk.block_sizes import Blocks
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, compiler_params, round_up
+from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, compiler_params, mean_visible, round_up
 
 _COLUMNS = 512
 """Keys per matrix product: its sums over heads stay in registers."""
@@ -170,6 +170,7 @@ def select_prefill(
     if scale is not None:
         in_specs.append(block((1, step), lambda b, i, c, span: (b, 0, chunk_of(b, i, c, span))))
         operands.append(scale)
+    met = mean_visible(blocks.chunks) if skip else blocks.chunks
     is_mask = output == "mask"
     columns = kernel_select.mask_words(spec.width) if is_mask else kernel_list.list_width(spec.topk)
     body = functools.partial(_kernel, blocks=blocks, heads=heads, has_scale=scale is not None, output=output, skip=skip)
@@ -194,11 +195,11 @@ def select_prefill(
             chip, semantics=("parallel", "parallel", "arbitrary"), vmem_bytes=blocks.vmem_limit(chip)
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * batch * tiles * spec.rows * heads * blocks.chunks * step * width,
+            flops=round(2 * batch * tiles * spec.rows * heads * met * step * width),
             transcendentals=0,
-            # Every tile of queries reads all keys again.
+            # Every tile of queries reads the keys that it meets again.
             bytes_accessed=array_bytes(q, weights, queries)
-            + tiles * array_bytes(*operands[3:])
+            + round(tiles * met / blocks.chunks * array_bytes(*operands[3:]))
             + 4 * batch * queries_padded * columns,
         ),
         name=f"index_topk_{output}",
