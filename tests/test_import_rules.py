@@ -37,7 +37,7 @@ ALLOWED = {
     "v4jax.ops": KERNELS | {"v4jax.errors", "v4jax.quant", "v4jax.sharding"},
     "v4jax.distributed": {"v4jax.errors"},
     "v4jax.parallel": {"v4jax.cache", "v4jax.sharding"},
-    "v4jax.compilation": {"v4jax.ops"},
+    "v4jax.compilation": {"v4jax.ops", "kernels_pallas.tpu"},
     "v4jax.model": MODEL | {"kernels_pallas.formats"},
     "v4jax.checkpoint": STORED - {"v4jax.loading"},
     "v4jax.checkpoint.verb": STORED | {"v4jax.verify"},

@@ -65,8 +65,7 @@ def _backward(variant: str, settings: Any, saved: tuple[Any, ...], cotangents: A
     is_head = variant == "leave"
     d_x, d_new, d_maps = (*cotangents, None) if is_head else cotangents
     options: dict[str, Any] = {"iterations": 0} | dict(settings)
-    # Fused with slices of what a scan has kept, the kernel would lose its VMEM limit and get the compiler's low one.
-    given = jax.lax.optimization_barrier((out, streams, maps, new, fn, base, scale, gain, d_x, d_new, d_maps))
+    given = (out, streams, maps, new, fn, base, scale, gain, d_x, d_new, d_maps)
     return (seam_backward(*given, is_head=is_head, **options),)
 
 

@@ -8,16 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kernels_pallas.tpu import chip_named
+from v4jax.compilation import compiler_options
 from v4jax.errors import UserError
 from v4jax.plan.compile import Compiled, Failure
 from v4jax.plan.costs import program_costs
 from v4jax.plan.program import build, implementations, lower
 from v4jax.plan.request import Request
-
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    # Otherwise XLA copies whole stacks of bfloat16 experts into another tiling.
-    "tpu7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
-}
 
 
 def _compile(request: Request, hlo: Path | None) -> Compiled | Failure:
@@ -26,7 +23,8 @@ def _compile(request: Request, hlo: Path | None) -> Compiled | Failure:
     lowered = lower(request, program)
     traced = time.process_time()
     try:
-        compiled = lowered.compile(COMPILER_OPTIONS.get(request.topology.chip.name))
+        chip = chip_named(request.topology.chip.name)
+        compiled = lowered.compile(compiler_options("tpu", chip=chip, is_training=request.step == "train"))
     except Exception as error:  # the compiler's own exception types differ between versions
         text = str(error)
         if isinstance(error, UserError):
