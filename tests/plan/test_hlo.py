@@ -146,6 +146,21 @@ def test_traffic_is_what_slices_and_updates_touch_and_what_lies_in_hbm():
     assert program_costs(entry(main, fused)).hbm_bytes == row + row + whole
 
 
+def test_what_runs_beside_the_program_counts_once_and_as_what_it_does():
+    beside = """%gather (p: f32[100,128], i: s32[4,1]) -> f32[4,128] {
+  %p = f32[100,128]{1,0} parameter(0)
+  %i = s32[4,1]{1,0:S(1)} parameter(1)
+  ROOT %g = f32[4,128]{1,0} gather(%p, %i), offset_dims={1}, slice_sizes={1,128}
+}"""
+    main = lines("""
+        %a = f32[100,128]{1,0} parameter(0)
+        %i.1 = s32[4,1]{1,0:S(1)} parameter(1)
+        %s = ((f32[100,128]{1,0}, s32[4,1]{1,0:S(1)}), f32[4,128]{1,0}) call-start(%a, %i.1), to_apply=%gather
+        ROOT %d = f32[4,128]{1,0} call-done(%s)
+    """)
+    assert program_costs(entry(main, beside)).hbm_bytes == 2 * 4 * 128 * 4
+
+
 def test_a_fusion_may_leave_out_a_parameter_and_spread_a_kernels_configuration_over_lines():
     fused = """
         %fused (p0: f32[4,128], p1: s32[], p2: f32[8,128]) -> f32[8,128] {

@@ -114,9 +114,12 @@ class _Reader:
             inner = self.program.computations[one.called("calls")[0]]
             total.add(self._without_traffic(inner))
             total.hbm_bytes += self._fusion_bytes(home, one, inner)
-        elif operation == "async-start":
-            for name in one.called("calls"):
+        elif operation in ("async-start", "call-start"):
+            # What runs beside the program, such as a gather on a SparseCore; its end costs nothing more.
+            for name in one.called("calls", "to_apply"):
                 total.add(self.computation(self.program.computations[name]))
+        elif operation in ("async-done", "call-done"):
+            return
         elif operation.removesuffix("-start").removesuffix("-done") in _COLLECTIVES:
             self._collective(home, one, total)
         elif operation.endswith("-start"):
