@@ -41,71 +41,67 @@ class Exchange(NamedTuple):
     """Whether the devices implement `ragged_all_to_all`; else buffers travel whole."""
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def routed(x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange) -> jax.Array:
     """Σ over the picks of each token, computed where the experts are.
 
     Args:
       x: [T, D], this device's tokens.
-      experts: int32 [T, K] numbers among all devices' experts.
+      experts: int32 [T, K] numbers among all devices' experts; as many as there are, or more, names none.
       weights: float32 [T, K].
       matrices: of this device's experts, handed to `compute`.
 
     Returns:
       float32 [T, D]. Differentiable in x, weights and matrices where `compute` is.
     """
-    return _routed(x, experts, weights, matrices, exchange)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _routed(x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange) -> jax.Array:
     def part(arguments: tuple[jax.Array, ...]) -> jax.Array:
         x, experts, weights = arguments
         return _there_and_back(x, experts, weights, matrices, exchange)
 
-    parts = _parts(x, experts)
-    if parts == 1:
-        return part((x, experts, weights))
-    return jax.lax.map(part, _split((x, experts, weights), parts)).reshape(x.shape)
+    return _joined(jax.lax.map(part, _split((x, experts, weights), exchange)), x.shape[0])
 
 
-def _routed_fwd(
+def _forward(
     x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange
 ) -> tuple[jax.Array, tuple]:
-    return _routed(x, experts, weights, matrices, exchange), (x, experts, weights, matrices)
+    return routed(x, experts, weights, matrices, exchange), (x, experts, weights, matrices)
 
 
-def _routed_bwd(exchange: Exchange, saved: tuple, d_out: jax.Array) -> tuple:
+def _backward(exchange: Exchange, saved: tuple, d_out: jax.Array) -> tuple:
     x, experts, weights, matrices = saved
-    parts = _parts(x, experts)
 
     def part(total: Any, arguments: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         x, experts, weights, d_out = arguments
         return _back_and_forth(x, experts, weights, matrices, d_out, total, exchange)
 
     total = jax.tree.map(lambda matrix: jnp.zeros(matrix.shape, jnp.float32), matrices)
-    arguments = _split((x, experts, weights, d_out), parts)
-    if parts == 1:
-        total, (d_x, d_weights) = part(total, tuple(a[0] for a in arguments))
-    else:
-        total, (d_x, d_weights) = jax.lax.scan(part, total, arguments)
+    total, d_parts = jax.lax.scan(part, total, _split((x, experts, weights, d_out), exchange))
+    d_x, d_weights = (_joined(d, x.shape[0]) for d in d_parts)
     d_matrices = jax.tree.map(lambda d, matrix: d.astype(matrix.dtype), total, matrices)
-    no_gradient = np.zeros(experts.shape, jax.dtypes.float0)
-    return d_x.reshape(x.shape).astype(x.dtype), no_gradient, d_weights.reshape(weights.shape), d_matrices
+    return d_x.astype(x.dtype), np.zeros(experts.shape, jax.dtypes.float0), d_weights, d_matrices
 
 
-_routed.defvjp(_routed_fwd, _routed_bwd)
+routed.defvjp(_forward, _backward)
 
 
-def _parts(x: jax.Array, experts: jax.Array) -> int:
-    """The fewest equal parts of the tokens whose rows stay within bounds."""
-    tokens, row = x.shape[0], experts.shape[1] * x.shape[1] * x.dtype.itemsize
-    return next(
-        n for n in range(1, tokens + 1) if tokens % n == 0 and (tokens // n * row <= _BUFFER_BYTES or n == tokens)
-    )
+def _split(arrays: tuple[jax.Array, ...], exchange: Exchange) -> tuple[jax.Array, ...]:
+    """Tokens in as few equal parts as keep their rows within bounds; what fills up the last one names no expert."""
+    x, experts = arrays[:2]
+    tokens = x.shape[0]
+    parts = max(1, -(-tokens * experts.shape[1] * x.shape[1] * x.dtype.itemsize // _BUFFER_BYTES))
+    size = -(-tokens // min(parts, tokens))
+
+    def cut(array: jax.Array) -> jax.Array:
+        fill = exchange.devices * exchange.experts if array is experts else 0
+        padding = [(0, -tokens % size)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, padding, constant_values=fill).reshape(-1, size, *array.shape[1:])
+
+    return tuple(map(cut, arrays))
 
 
-def _split(arrays: tuple[jax.Array, ...], parts: int) -> tuple[jax.Array, ...]:
-    return tuple(a.reshape(parts, -1, *a.shape[1:]) for a in arrays)
+def _joined(parts: jax.Array, tokens: int) -> jax.Array:
+    return parts.reshape(-1, *parts.shape[2:])[:tokens]
 
 
 # ---- who sends what to whom ------------------------------------------------------------------------------------------
@@ -149,8 +145,9 @@ class _Moves(NamedTuple):
 
 def _route(experts: jax.Array, exchange: Exchange) -> _Route:
     picks, devices = experts.size, exchange.devices
-    order = ops.by_key(experts.reshape(-1), devices * exchange.experts)
-    loads = jax.lax.all_gather(order.sizes, exchange.names).reshape(devices, devices, exchange.experts)
+    count = devices * exchange.experts
+    order = ops.by_key(jnp.minimum(experts.reshape(-1), count), count + 1)
+    loads = jax.lax.all_gather(order.sizes[:count], exchange.names).reshape(devices, devices, exchange.experts)
     sent = jnp.sum(loads, axis=-1)
     me = jax.lax.axis_index(exchange.names)
     own = jax.lax.dynamic_index_in_dim(loads, me, 1, keepdims=False)
