@@ -21,7 +21,7 @@ class Order(NamedTuple):
 
 
 def by_key(keys: Int[Array, " N"], count: int) -> Order:
-    """The stable order of N < 2^24 items by keys of 0 to `count` − 1, by counting.
+    """The stable order of N items by keys of 0 to `count` − 1, by counting.
 
     How many equal keys precede an item is a product of a triangle of ones with the keys' indicators, block by block:
     work and memory N · `count`.
