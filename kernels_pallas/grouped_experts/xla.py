@@ -5,8 +5,8 @@ No array of [tokens, experts] or [experts, capacity] exists, no token is dropped
 experts rounded up to a block each. Plain dots in a loop, because `lax.ragged_dot` is many times slower than a dense
 product off TPU. Quantised matrices are dequantised one expert at a time.
 
-Which form runs: up to 8 picks, one by one; a stack that is addressed by layer (inference on TPU), one loop over tiles
-of rows (`tiles`); other small blocks, weights first; else rows first. Only plain arrays have a gradient.
+Which form runs: a stack that is addressed by layer (inference on TPU), one loop over tiles of rows (`tiles`); up to 8
+picks, one by one; other small blocks, weights first; else rows first. Only plain arrays have a gradient.
 """
 
 import functools
@@ -277,7 +277,7 @@ def grouped_experts(
     """See `api.grouped_experts`."""
     tokens, choices = experts.shape
     stacks = (w1, w3, w2)
-    if tokens * choices > _UNROLLED_PICKS:
+    if tokens * choices > _UNROLLED_PICKS or w1.layer is not None:
         picks = float(tokens * choices) if expected_picks is None else expected_picks
         if any(stack.layer is not None or stack.scale is not None for stack in stacks):
             return _inference(x, stacks, experts, weights, limit, picks)
