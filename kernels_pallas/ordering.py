@@ -1,9 +1,13 @@
-"""Sorting by small keys without a sort: on a TPU a sort is slow, and each one takes the compiler seconds."""
+"""Sorting by small keys without a sort, and sums of rows that were sorted.
 
+On a TPU a sort is slow, and each one takes the compiler seconds.
+"""
+
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 _BLOCK = 128
 """Keys that are ranked among each other by one product."""
@@ -41,3 +45,8 @@ def by_key(keys: Int[Array, " N"], count: int) -> Order:
     place = jnp.sum(jnp.where(is_key, within + before[:, None] - 1, 0), axis=-1).reshape(-1)[:items]
     item = jnp.zeros(items, jnp.int32).at[place].set(jnp.arange(items, dtype=jnp.int32), unique_indices=True)
     return Order(place, item, sizes)
+
+
+def gather_sum(rows: Shaped[Array, "R D"], places: Int[Array, "T K"]) -> Float[Array, "T D"]:
+    """Σ_k rows[places[:, k]] in float32: additions that fuse with the gathers, where a reduction would not."""
+    return functools.reduce(jnp.add, [rows[places[:, k]].astype(jnp.float32) for k in range(places.shape[1])])

@@ -131,6 +131,11 @@ def vmem_budget(chip: Chip) -> int:
     return chip.vmem_bytes - chip.vmem_bytes // 16
 
 
+def vmem_with_room(planned: int, chip: Chip) -> int:
+    """A limit for a kernel that plans for so many bytes: room for spills; XLA keeps arrays of its own in the rest."""
+    return min(vmem_budget(chip), planned + planned // 4 + (8 << 20))
+
+
 def check_vmem(kernel: str, needed: int, chip: Chip, remedy: str) -> None:
     """Refuses a kernel whose blocks do not fit.
 

@@ -19,7 +19,7 @@ from kernels_pallas.grouped_experts.stacks import ExpertStack, k_major
 from kernels_pallas.hyper_connection import unpack_maps
 from kernels_pallas.index_topk.reference import scores as index_scores
 from kernels_pallas.loops import data_loop
-from kernels_pallas.ordering import by_key
+from kernels_pallas.ordering import by_key, gather_sum
 from kernels_pallas.sparse_attention import merge_partials
 from v4jax.errors import UsageError
 
@@ -28,6 +28,7 @@ __all__ = [
     "by_key",
     "data_loop",
     "forced_implementations",
+    "gather_sum",
     "grouped_experts",
     "hyper_connection_leave",
     "hyper_connection_seam",

@@ -9,7 +9,7 @@ from kernels_pallas.exact_topk.kernel_bisect import Turned
 from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_select
 from kernels_pallas.index_topk.block_sizes import score_dtype
 from kernels_pallas.index_topk.kernel_scores import Rows
-from kernels_pallas.tpu import LANES, Chip, check_vmem, round_up, tile_bytes, vmem_budget
+from kernels_pallas.tpu import LANES, Chip, check_vmem, round_up, tile_bytes
 
 _ROWS = (256, 128, 64, 32, 16)
 _MANY_KEYS = 8192
@@ -25,10 +25,6 @@ class Blocks:
     rows: Rows
     turned: Turned
     vmem_bytes: int
-
-    def vmem_limit(self, chip: Chip) -> int:
-        """What to ask for: room for spills, but no more, since XLA keeps its own arrays in the rest."""
-        return min(vmem_budget(chip), self.vmem_bytes + self.vmem_bytes // 4 + (8 << 20))
 
 
 def choose_blocks(chip: Chip, rows: int, keys: int, topk: int, dtype: DTypeLike, output: str) -> Blocks:

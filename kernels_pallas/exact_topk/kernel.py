@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.exact_topk import kernel_bisect
 from kernels_pallas.exact_topk.block_sizes import Blocks
 from kernels_pallas.index_topk import kernel_list, kernel_select, kernel_threshold
-from kernels_pallas.tpu import Chip, array_bytes, cdiv, compiler_params
+from kernels_pallas.tpu import Chip, array_bytes, cdiv, compiler_params, vmem_with_room
 
 
 def _kernel(scores: Any, out: Any, threshold: Any, room: Any, *rest: Any, blocks: Blocks, output: str) -> None:
@@ -58,7 +58,9 @@ def select(
             pltpu.VMEM((spec.rows, staged), jnp.int32),
             *([] if is_mask else [kernel_list.list_scratch(spec)]),
         ],
-        compiler_params=compiler_params(chip, semantics=("parallel",), vmem_bytes=blocks.vmem_limit(chip)),
+        compiler_params=compiler_params(
+            chip, semantics=("parallel",), vmem_bytes=vmem_with_room(blocks.vmem_bytes, chip)
+        ),
         cost_estimate=pl.CostEstimate(flops=2 * counted, transcendentals=0, bytes_accessed=array_bytes(scores, result)),
         name=f"exact_topk_{output}",
     )(scores)

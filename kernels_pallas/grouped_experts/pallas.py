@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.grouped_experts import xla
 from kernels_pallas.grouped_experts.reference import swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
-from kernels_pallas.ordering import by_key
+from kernels_pallas.ordering import by_key, gather_sum
 from kernels_pallas.tpu import round_up
 
 _TILE = 512
@@ -69,13 +69,6 @@ def _over_rows(left: jax.Array, right: jax.Array, sizes: jax.Array) -> jax.Array
     return tgmm(left.T, right, sizes, left.dtype, tiling)
 
 
-def _hidden(x: jax.Array, matrices: Matrices, rows: _Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The rows of x, and their gate and up [R, F]."""
-    own = x[rows.token]
-    gate, up = (_by_expert(own, matrix, rows.sizes, transposed=True) for matrix in matrices[:2])
-    return own, gate, up
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _experts(x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
     return _experts_fwd(x, matrices, experts, weights, limit)[0]
@@ -85,10 +78,11 @@ def _experts_fwd(
     x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float
 ) -> tuple[jax.Array, tuple]:
     rows = _sort(experts, weights, matrices[0].shape[0])
-    own, gate, up = _hidden(x, matrices, rows)
+    own = x[rows.token]
+    gate, up = (_by_expert(own, matrix, rows.sizes, transposed=True) for matrix in matrices[:2])
     z = jnp.where(rows.is_real, swiglu(gate, up, limit) * rows.share[:, None], 0.0).astype(x.dtype)
     out = jnp.where(rows.is_real, _by_expert(z, matrices[2], rows.sizes, transposed=True), 0.0)
-    return _sum(out, rows.slot), (own, gate, up, matrices, experts, weights, rows)
+    return gather_sum(out, rows.slot), (own, gate, up, matrices, experts, weights, rows)
 
 
 def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
@@ -101,7 +95,7 @@ def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
     d_gate, d_up = (jnp.where(is_real, d, 0.0).astype(dtype) for d in pull(d_z * share))
     d_own = _by_expert(d_gate, matrices[0], rows.sizes, transposed=False)
     d_own = d_own + _by_expert(d_up, matrices[1], rows.sizes, transposed=False)
-    d_x = _sum(jnp.where(is_real, d_own, 0.0), rows.slot).astype(dtype)
+    d_x = gather_sum(jnp.where(is_real, d_own, 0.0), rows.slot).astype(dtype)
     z = (hidden * share).astype(dtype)
     d_matrices = tuple(_over_rows(a, b, rows.sizes) for a, b in ((d_gate, own), (d_up, own), (d_rows, z)))
     d_share = jnp.sum(d_z * hidden, axis=-1)[rows.slot]
@@ -109,11 +103,6 @@ def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
-
-
-def _sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
-    """Σ_k rows[slot[:, k]]: additions that fuse with the gathers, where a reduction would not."""
-    return functools.reduce(jnp.add, [rows[slot[:, k]] for k in range(slot.shape[1])])
 
 
 def grouped_experts(

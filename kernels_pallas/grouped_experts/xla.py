@@ -23,6 +23,7 @@ from kernels_pallas.grouped_experts import tiles
 from kernels_pallas.grouped_experts.reference import dot, swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import data_loop
+from kernels_pallas.ordering import gather_sum
 
 _MAX_BLOCK, _MIN_BLOCK = 128, 4
 _WEIGHTS_FIRST = 16
@@ -118,11 +119,6 @@ def _put(array: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), index * rows.shape[0], 0)
 
 
-def _gather_sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
-    """Σ_k rows[slot[:, k]]: additions that fuse with the gathers, where a reduction would not."""
-    return functools.reduce(jnp.add, [rows[slot[:, k]] for k in range(slot.shape[1])])
-
-
 def _forward(
     x: jax.Array, matrices: Stacks, groups: _Groups, block: int, limit: float, expected: _Expected, *, keep: bool
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -145,7 +141,7 @@ def _forward(
     widths = (x.shape[1], 2 * hidden) if keep else (x.shape[1],)
     state = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
     out, *kept = data_loop(0, groups.active, one_expert, state, expected=expected.experts)
-    return _gather_sum(out, groups.slot), kept[0] if keep else None
+    return gather_sum(out, groups.slot), kept[0] if keep else None
 
 
 def _into(matrices: Stacks, expert: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -176,7 +172,7 @@ def _forward_few(
         return data_loop(groups.first[expert], groups.last[expert], one_block, out, expected=expected.blocks)
 
     out = jnp.zeros((x.shape[1], groups.token.shape[0]), jnp.float32)
-    return _gather_sum(data_loop(0, groups.active, one_expert, out, expected=expected.experts).T, groups.slot)
+    return gather_sum(data_loop(0, groups.active, one_expert, out, expected=expected.experts).T, groups.slot)
 
 
 def _inference(
@@ -188,7 +184,7 @@ def _inference(
     groups, expected = _group(experts, weights, count, block), _expected(picks, count, block)
     if is_one_of_many:
         rows = tiles.forward(x, matrices, groups.token, groups.share, groups.last, block, limit, expected.tiles)
-        return _gather_sum(rows, groups.slot)
+        return gather_sum(rows, groups.slot)
     if block <= _WEIGHTS_FIRST:
         return _forward_few(x, matrices, groups, block, limit, expected)
     return _forward(x, matrices, groups, block, limit, expected, keep=False)[0]
@@ -255,7 +251,7 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
     state = (*state, *(jnp.zeros_like(matrix) for matrix in matrices))
     d_x, d_share, *d_matrices = data_loop(0, groups.active, one_expert, state, expected=expected.experts)
     no_gradient = np.zeros(experts.shape, jax.dtypes.float0)
-    d_x = _gather_sum(d_x, groups.slot).astype(dtype)
+    d_x = gather_sum(d_x, groups.slot).astype(dtype)
     d_weights = jnp.where(experts < matrices[0].shape[0], d_share[groups.slot], 0.0)
     return d_x, tuple(d_matrices), no_gradient, d_weights.astype(weights.dtype)
 

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_select
 from kernels_pallas.index_topk.kernel_scores import Rows
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, check_vmem, round_up, tile_bytes, vmem_budget
+from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, check_vmem, round_up, tile_bytes
 
 SEQUENCES = 16
 """Decoding sequences per tile: the rows of a bfloat16 register."""
@@ -30,10 +30,6 @@ class Blocks:
     """Keys per unrolled body."""
     rows: Rows
     vmem_bytes: int
-
-    def vmem_limit(self, chip: Chip) -> int:
-        """What to ask for: room for spills, but no more, since XLA keeps its own arrays in the rest."""
-        return min(vmem_budget(chip), self.vmem_bytes + self.vmem_bytes // 4 + (8 << 20))
 
 
 def score_dtype(chip: Chip, dtype: DTypeLike) -> DTypeLike:

@@ -18,7 +18,16 @@ from jaxtyping import Array, Float, Int, Int32
 
 from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_select, kernel_threshold
 from kernels_pallas.index_topk.block_sizes import Blocks
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, compiler_params, mean_visible, round_up
+from kernels_pallas.tpu import (
+    LANES,
+    SUBLANES,
+    Chip,
+    array_bytes,
+    compiler_params,
+    mean_visible,
+    round_up,
+    vmem_with_room,
+)
 
 _COLUMNS = 512
 """Keys per matrix product: its sums over heads stay in registers."""
@@ -192,7 +201,7 @@ def select_prefill(
         ),
         out_shape=jax.ShapeDtypeStruct((batch, queries_padded, columns), jnp.int32),
         compiler_params=compiler_params(
-            chip, semantics=("parallel", "parallel", "arbitrary"), vmem_bytes=blocks.vmem_limit(chip)
+            chip, semantics=("parallel", "parallel", "arbitrary"), vmem_bytes=vmem_with_room(blocks.vmem_bytes, chip)
         ),
         cost_estimate=pl.CostEstimate(
             flops=round(2 * batch * tiles * spec.rows * heads * met * step * width),

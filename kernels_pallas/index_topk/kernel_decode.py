@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from kernels_pallas.index_topk import kernel_list, kernel_scores, kernel_threshold
 from kernels_pallas.index_topk.block_sizes import SEQUENCES, Blocks
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, cdiv, compiler_params
+from kernels_pallas.tpu import LANES, SUBLANES, Chip, array_bytes, cdiv, compiler_params, vmem_with_room
 
 _COLUMNS = 512
 """Keys per matrix product: the sums of 8 sequences stay in registers."""
@@ -178,7 +178,9 @@ def select_decode(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, slots), jnp.int32),
-        compiler_params=compiler_params(chip, semantics=("parallel", "arbitrary"), vmem_bytes=blocks.vmem_limit(chip)),
+        compiler_params=compiler_params(
+            chip, semantics=("parallel", "arbitrary"), vmem_bytes=vmem_with_room(blocks.vmem_bytes, chip)
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * cdiv(batch, SEQUENCES) * SEQUENCES * blocks.chunks * step * heads * width,
             transcendentals=0,

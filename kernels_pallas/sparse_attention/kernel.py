@@ -330,18 +330,22 @@ def forward(
         ),
         out_shape=out_shape,
         compiler_params=compiler_params(chip, semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=cost(given, shape, sizes, products=2),
+        cost_estimate=cost(given, shape, entries_met(shape, sizes), products=2),
         name="sparse_attention_forward",
     )(*arguments(given, shape), given.sink)
     return found[0], found[1] if with_stats else None
 
 
-def cost(given: Operands, shape: Shape, sizes: BlockSizes, *, products: int) -> pl.CostEstimate:
-    """Work of the whole grid, every block meeting its window and, on average, the tiles that causality leaves it.
+def entries_met(shape: Shape, sizes: BlockSizes) -> int:
+    """Entries that a block of queries meets in the tiles that causality leaves it, on average."""
+    return round(mean_visible(shape.tiles) * sizes.entries)
+
+
+def cost(given: Operands, shape: Shape, met: int, *, products: int) -> pl.CostEstimate:
+    """Work of the whole grid, every block meeting its window and so many entries.
 
     products: matrix products per pair of a row and a key.
     """
-    met = round(mean_visible(shape.tiles) * sizes.entries)
     pairs = given.q.shape[0] * given.q.shape[1] * (shape.near * LANES + met)
     read = sum(x.size * x.dtype.itemsize for x in given if x is not None and x is not given.entries)
     read += shape.batch * shape.blocks * met * shape.dim * given.q.dtype.itemsize

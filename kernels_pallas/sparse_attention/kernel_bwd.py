@@ -24,6 +24,7 @@ from kernels_pallas.sparse_attention.kernel import (
     add_bias,
     arguments,
     cost,
+    entries_met,
     entry_bias,
     input_specs,
     lane_chunks,
@@ -243,7 +244,7 @@ def backward(
         ),
         out_shape=out_shape,
         compiler_params=compiler_params(chip, semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=cost(given, shape, sizes, products=5),
+        cost_estimate=cost(given, shape, entries_met(shape, sizes), products=5),
         name="sparse_attention_backward",
     )(*arguments(given, shape), given.sink, d_out, out, stats)
     return Gradients(found[0], found[1], found[2], found[3] if shape.tiles else None)

@@ -25,6 +25,7 @@ from kernels_pallas.sparse_attention.kernel import (
     across,
     arguments,
     biased_scores,
+    cost,
     heads_to_lanes,
     highest,
     input_specs,
@@ -242,18 +243,3 @@ def forward(
         name="sparse_attention_gather",
     )(*lists, *arguments(given, shape)[3:], given.sink, source)
     return found[0], found[1] if with_stats else None
-
-
-def cost(given: Operands, shape: Shape, expected: int, *, products: int) -> pl.CostEstimate:
-    """Work of the whole grid with `expected` members in every union.
-
-    products: matrix products per pair of a row and a key.
-    """
-    pairs = given.q.shape[0] * given.q.shape[1] * (shape.near * LANES + expected)
-    read = sum(x.size * x.dtype.itemsize for x in given if x is not None)
-    read += shape.batch * shape.blocks * expected * shape.dim * given.q.dtype.itemsize
-    return pl.CostEstimate(
-        flops=2 * products * pairs * shape.dim,
-        transcendentals=pairs,
-        bytes_accessed=read + (products - 1) * given.q.size * given.q.dtype.itemsize,
-    )

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes
-from kernels_pallas.sparse_attention.kernel import LOG2_E, arguments, product
-from kernels_pallas.sparse_attention.kernel_gather import Lists, cost, input_blocks, list_block, start_row, wait_rows
+from kernels_pallas.sparse_attention.kernel import LOG2_E, arguments, cost, product
+from kernels_pallas.sparse_attention.kernel_gather import Lists, input_blocks, list_block, start_row, wait_rows
 from kernels_pallas.sparse_attention.layout import Operands, Shape
 from kernels_pallas.sparse_attention.row_words import unpack, word_planes
 from kernels_pallas.tpu import LANES, Chip, cdiv, compiler_params

@@ -202,11 +202,6 @@ def _move(
 
 
 # ---- one part of the tokens ------------------------------------------------------------------------------------------
-def _gather_sum(rows: jax.Array, slot: jax.Array) -> jax.Array:
-    """Σ_k rows[slot[:, k]] in float32."""
-    return functools.reduce(jnp.add, [rows[slot[:, k]].astype(jnp.float32) for k in range(slot.shape[1])])
-
-
 def _there_and_back(
     x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Any, exchange: Exchange
 ) -> jax.Array:
@@ -221,7 +216,7 @@ def _there_and_back(
         return _return(out, back, moves, route, exchange)
 
     back = jnp.zeros(rows.shape, jnp.float32)
-    return _gather_sum(ops.data_loop(0, route.rounds, one_round, back, expected=route.expected), route.slot)
+    return ops.gather_sum(ops.data_loop(0, route.rounds, one_round, back, expected=route.expected), route.slot)
 
 
 def _back_and_forth(
@@ -248,4 +243,4 @@ def _back_and_forth(
 
     state = (total, jnp.zeros_like(rows), jnp.zeros_like(shares))
     total, back, back_share = ops.data_loop(0, route.rounds, one_round, state, expected=route.expected)
-    return total, (_gather_sum(back, route.slot), back_share[route.slot])
+    return total, (ops.gather_sum(back, route.slot), back_share[route.slot])
