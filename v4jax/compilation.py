@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend.core import get_opaque_trace_state
 
-from kernels_pallas.tpu import Chip, current_chip, vmem_budget
+from kernels_pallas.tpu import Chip, current_chip
 from v4jax import ops
 
 # XLA's default order on CPU allocates the loop buffers of all layers at once; this one is no slower, and a forward pass
@@ -15,27 +15,20 @@ from v4jax import ops
 _CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def compiler_options(platform: str, *, chip: Chip | None = None, is_training: bool = False) -> dict[str, str] | None:
+def compiler_options(platform: str, *, chip: Chip | None = None) -> dict[str, str] | None:
     """What a step is compiled with on "cpu", "gpu" or "tpu"; `chip` is the one that is there by default."""
     if platform == "cpu":
         return _CPU_OPTIONS
-    if platform != "tpu":
-        return None
-    chip, options = chip or current_chip(), {}
-    if chip.name == "tpu7x":
+    if platform == "tpu" and (chip or current_chip()).name == "tpu7x":
         # Otherwise XLA copies whole stacks of bfloat16 experts into another tiling.
-        options["xla_tpu_control_large_2nd_minor_layout_for_x16"] = "false"
-    if is_training:
-        # A kernel that the compiler fuses with slices of what a scan has kept loses its own VMEM limit and gets this
-        # one. (Inference has no such slices, and a higher limit makes it dequantise matrices outside their products.)
-        options["xla_tpu_scoped_vmem_limit_kib"] = str(vmem_budget(chip) >> 10)
-    return options
+        return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
+    return None
 
 
 _UNTRACED = get_opaque_trace_state(convention="nnx")
 
 
-def jit(function: Callable[..., Any], *, is_training: bool = False, **options: Any) -> Callable[..., Any]:
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jax.jit(function, **options)`, made at the first call, so that importing a module starts no backend.
 
     `compiler_options` says how it is compiled.
@@ -51,7 +44,7 @@ def jit(function: Callable[..., Any], *, is_training: bool = False, **options: A
         def own(*args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
-        return jax.jit(own, compiler_options=compiler_options(platform, is_training=is_training), **options)
+        return jax.jit(own, compiler_options=compiler_options(platform), **options)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -144,8 +144,9 @@ def gathered(module: Any) -> Any:
             return variable
         value: Any = variable.get_value()
         for i, names in enumerate(division.storage):
-            if names:
-                value = jax.lax.all_gather(value, names, axis=value.ndim - len(division.storage) + i, tiled=True)
+            # Axis by axis, the last one first: a gather over several at once is made an all-reduce by the compiler.
+            for name in reversed(names):
+                value = jax.lax.all_gather(value, name, axis=value.ndim - len(division.storage) + i, tiled=True)
         return variable.replace(value, division=None)
 
     return jax.tree.map(whole, module, is_leaf=lambda node: isinstance(node, nnx.Variable))

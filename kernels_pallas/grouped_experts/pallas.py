@@ -16,13 +16,18 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.grouped_experts import xla
 from kernels_pallas.grouped_experts.reference import swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
+from kernels_pallas.loops import part_of_grid
 from kernels_pallas.ordering import by_key, gather_sum
-from kernels_pallas.tpu import round_up
+from kernels_pallas.tpu import LANES, round_up
 
-_TILE = 512
-"""Rows of a tile: at least as many, per expert, make a product that is not bound by reading the matrices."""
+_TILE = 256
+"""Rows of a tile. Where experts meet in a tile it is computed for both: smaller tiles waste less."""
 _WIDE = 1024
-"""Columns of a tile, and the depth of one pass."""
+"""Rows and columns of a tile of a matrix's gradient."""
+_MATRIX_TILE = 1 << 21
+"""Elements of a tile of a matrix. It is whole in depth, so that an expert's tiles of rows pass by one copy of it."""
+_MANY = 128
+"""Picks per expert from which on products in tiles pay."""
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]
 """w1, w3 [E, F, D] and w2 [E, D, F], bfloat16."""
@@ -59,7 +64,8 @@ def _sort(experts: jax.Array, weights: jax.Array, count: int) -> _Rows:
 def _by_expert(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, transposed: bool) -> jax.Array:
     """Rows [R, I] times the matrix of their expert, [E, I, O] or `transposed` [E, O, I]; float32 [R, O]."""
     depth, width = matrices.shape[-2:][::-1] if transposed else matrices.shape[-2:]
-    tiling = (_TILE, min(depth, _WIDE), min(width, _WIDE))
+    columns = max(LANES, _MATRIX_TILE // depth // LANES * LANES)
+    tiling = (_TILE, depth, min(width, columns))
     return gmm(rows, matrices, sizes, jnp.float32, tiling, transpose_rhs=transposed)
 
 
@@ -69,35 +75,39 @@ def _over_rows(left: jax.Array, right: jax.Array, sizes: jax.Array) -> jax.Array
     return tgmm(left.T, right, sizes, left.dtype, tiling)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
-    return _experts_fwd(x, matrices, experts, weights, limit)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _experts(
+    x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float, visited: float
+) -> jax.Array:
+    return _experts_fwd(x, matrices, experts, weights, limit, visited)[0]
 
 
 def _experts_fwd(
-    x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float
+    x: jax.Array, matrices: Matrices, experts: jax.Array, weights: jax.Array, limit: float, visited: float
 ) -> tuple[jax.Array, tuple]:
     rows = _sort(experts, weights, matrices[0].shape[0])
     own = x[rows.token]
-    gate, up = (_by_expert(own, matrix, rows.sizes, transposed=True) for matrix in matrices[:2])
-    z = jnp.where(rows.is_real, swiglu(gate, up, limit) * rows.share[:, None], 0.0).astype(x.dtype)
-    out = jnp.where(rows.is_real, _by_expert(z, matrices[2], rows.sizes, transposed=True), 0.0)
+    with part_of_grid(visited):
+        gate, up = (_by_expert(own, matrix, rows.sizes, transposed=True) for matrix in matrices[:2])
+        z = jnp.where(rows.is_real, swiglu(gate, up, limit) * rows.share[:, None], 0.0).astype(x.dtype)
+        out = jnp.where(rows.is_real, _by_expert(z, matrices[2], rows.sizes, transposed=True), 0.0)
     return gather_sum(out, rows.slot), (own, gate, up, matrices, experts, weights, rows)
 
 
-def _experts_bwd(limit: float, saved: tuple, d_out: jax.Array) -> tuple:
+def _experts_bwd(limit: float, visited: float, saved: tuple, d_out: jax.Array) -> tuple:
     own, gate, up, matrices, experts, weights, rows = saved
     dtype, is_real, share = own.dtype, rows.is_real, rows.share[:, None]
     d_rows = jnp.where(is_real, d_out[rows.token], 0.0).astype(dtype)
     hidden, pull = jax.vjp(functools.partial(swiglu, limit=limit), gate, up)
     hidden = jnp.where(is_real, hidden, 0.0)
-    d_z = jnp.where(is_real, _by_expert(d_rows, matrices[2], rows.sizes, transposed=False), 0.0)
-    d_gate, d_up = (jnp.where(is_real, d, 0.0).astype(dtype) for d in pull(d_z * share))
-    d_own = _by_expert(d_gate, matrices[0], rows.sizes, transposed=False)
-    d_own = d_own + _by_expert(d_up, matrices[1], rows.sizes, transposed=False)
+    with part_of_grid(visited):
+        d_z = jnp.where(is_real, _by_expert(d_rows, matrices[2], rows.sizes, transposed=False), 0.0)
+        d_gate, d_up = (jnp.where(is_real, d, 0.0).astype(dtype) for d in pull(d_z * share))
+        d_own = _by_expert(d_gate, matrices[0], rows.sizes, transposed=False)
+        d_own = d_own + _by_expert(d_up, matrices[1], rows.sizes, transposed=False)
+        z = (hidden * share).astype(dtype)
+        d_matrices = tuple(_over_rows(a, b, rows.sizes) for a, b in ((d_gate, own), (d_up, own), (d_rows, z)))
     d_x = gather_sum(jnp.where(is_real, d_own, 0.0), rows.slot).astype(dtype)
-    z = (hidden * share).astype(dtype)
-    d_matrices = tuple(_over_rows(a, b, rows.sizes) for a, b in ((d_gate, own), (d_up, own), (d_rows, z)))
     d_share = jnp.sum(d_z * hidden, axis=-1)[rows.slot]
     return d_x, d_matrices, np.zeros(experts.shape, jax.dtypes.float0), d_share.astype(weights.dtype)
 
@@ -120,7 +130,9 @@ def grouped_experts(
     stacks = (w1, w3, w2)
     is_plain = all(stack.layer is None and stack.scale is None for stack in stacks)
     picks = experts.size if expected_picks is None else expected_picks
-    if not is_plain or x.dtype != jnp.bfloat16 or picks < w1.shape[0] * _TILE // 4:
+    if not is_plain or x.dtype != jnp.bfloat16 or picks < w1.shape[0] * _MANY:
         return xla.grouped_experts(x, *stacks, experts, weights, limit=limit, expected_picks=expected_picks)
     w1_values, w3_values, w2_values = (stack.values.astype(x.dtype) for stack in stacks)
-    return _experts(x, (w1_values, w3_values, w2_values), experts, weights, limit)
+    # A tile more per expert than its rows fill, since experts meet within tiles.
+    visited = (picks + w1.shape[0] * _TILE) / round_up(experts.size, _TILE)
+    return _experts(x, (w1_values, w3_values, w2_values), experts, weights, limit, min(1.0, visited))

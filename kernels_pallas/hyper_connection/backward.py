@@ -142,6 +142,8 @@ def seam_backward(
             by_weight = jnp.moveaxis(by_weight, 0, 1).reshape(count * (count + 1), -1)[:, :total]
         d_maps = jnp.pad(by_weight, ((count, 0), (0, 0))).reshape(maps.shape)
     d_streams, d_fn, by_token, d_gain = found
+    # A scan over layers stacks these: fused with that, the kernel would lose its own VMEM limit.
+    d_fn = jax.lax.optimization_barrier(d_fn)
     d_base, d_scaled = jnp.sum(by_token.reshape(2, rows, tokens)[:, : spec.maps], axis=-1)
     groups = [(0, count)] if is_head else [(0, count), (count, 2 * count), (2 * count, spec.maps)]
     return (

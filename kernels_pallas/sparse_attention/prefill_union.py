@@ -58,7 +58,7 @@ def is_worth_it(topk: int, entries: int, heads: int) -> bool:
     heads) it wins up to unions of some 6 × top-k. Selections of neighbours without anything in common would unite to
     all entries at that length, and this path would lose.
     """
-    return topk <= _MOST_TOPK and entries > topk * max(8, 128 // heads)
+    return topk <= _MOST_TOPK and entries >= topk * max(8, 128 // heads)
 
 
 def expected_members(topk: int, entries: int) -> int:

@@ -14,7 +14,7 @@ from v4jax import parallel
 from v4jax.cache import CompressorState, ring_extend, ring_put, ring_rows
 from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.inputs import LayerInputs
-from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role
+from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, float32_dot
 from v4jax.model.rope import layer_frequencies, rotate, rotation
 from v4jax.quant import simulate_index, simulate_kv
 
@@ -54,6 +54,23 @@ def _positions(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B P"]:
     return jnp.zeros((chosen.shape[0], count), jnp.int32).at[rows, rank].set(places, mode="drop")
 
 
+def _windows(
+    rows: Float[Array, "B S C"], ends: Int[Array, "B N"], valid: Bool[Array, "B N"], ratio: int
+) -> Float[Array, "B N ratio C"]:
+    """The `ratio` rows up to each of ascending, disjoint windows' `ends`; zeros for those that are not valid."""
+    batch, length, channels = rows.shape
+    count = ends.shape[1]
+    index = ends[..., None] + jnp.arange(1 - ratio, 1)
+    # Ascending beyond the last row: no index twice and all in order, which spares the gradient a sort.
+    beyond = length + jnp.arange(count * ratio).reshape(count, ratio)
+    index = jnp.where(valid[..., None], index, beyond).reshape(batch, -1)
+
+    def of_row(row: jax.Array, index: jax.Array) -> jax.Array:
+        return row.at[index].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+
+    return jax.vmap(of_row)(rows, index).reshape(batch, count, ratio, channels)
+
+
 class Compressor(nnx.Module):
     """Pools `spec.ratio` tokens into one entry of `width` channels, each channel with its own softmax over tokens.
 
@@ -81,7 +98,7 @@ class Compressor(nnx.Module):
 
         Where several devices hold a row, each forms the entries that end in its tokens, and all get all.
         """
-        kv, gate = self.project(x, inputs.positions)
+        rows = self._rows(x, inputs.positions)
         batch, length = inputs.tokens.shape
         count = length // self.ratio
         names = parallel.sequence_axes()
@@ -89,31 +106,41 @@ class Compressor(nnx.Module):
             starts = jnp.broadcast_to(self.ratio * jnp.arange(count)[None], (batch, count))
             if names:
                 starts = starts + parallel.index(names) * length
-            own = (kv[:, : count * self.ratio], gate[:, : count * self.ratio])
-            own = tuple(a.reshape(batch, count, self.ratio, -1) for a in own)
-            before = tuple(jnp.concatenate([parallel.rows_before(a, 1), a[:, :-1]], axis=1) for a in own)
-            values = self._finish(self._pool(own, before, starts > 0), starts)
+            own = rows[:, : count * self.ratio].reshape(batch, count, self.ratio, -1)
+            before = jnp.concatenate([parallel.rows_before(own, 1), own[:, :-1]], axis=1)
+            values = self._finish(self._pool(self._halves(own), self._halves(before), starts > 0), starts)
             return _of_all(Entries(values, starts + self.ratio - 1, jnp.ones_like(starts)))
-        # Windows reach back beyond this device's first token.
-        reach = self.overlap * self.ratio if names else 0
-        if names:
-            kv, gate = (jnp.concatenate([parallel.rows_before(a, reach), a], axis=1) for a in (kv, gate))
         is_last = (jnp.mod(inputs.positions, self.ratio) == self.ratio - 1) & (inputs.segments > 0)
         last = _positions(is_last, count)
         valid = jnp.arange(count) < jnp.sum(is_last, axis=1, keepdims=True)
-        rows = last[..., None] + reach + jnp.arange(1 - self.ratio, 1)
-
-        def windows(index: jax.Array) -> tuple[jax.Array, ...]:
-            index = jnp.maximum(index, 0).reshape(batch, -1, 1)
-            return tuple(
-                jnp.take_along_axis(a, index, axis=1).reshape(batch, count, self.ratio, -1) for a in (kv, gate)
-            )
-
+        # Where several devices hold a row, windows reach back beyond this device's first token.
+        reach = (self.overlap if names else self.overlap - 1) * self.ratio
+        if reach:
+            rows = jnp.concatenate([parallel.rows_before(rows, reach), rows], axis=1)
+        ends, have = last + reach, valid
+        if self.overlap == 2:
+            # The window before an entry's own is that of the entry before it, but for the first one of this device.
+            ends = jnp.concatenate([ends[:, :1] - self.ratio, ends], axis=1)
+            have = jnp.concatenate([valid[:, :1], valid], axis=1)
+        windows = _windows(rows, ends, have, self.ratio)
+        own = self._halves(windows[:, -count:])
+        before = self._halves(windows[:, :count]) if self.overlap == 2 else None
         end = jnp.take_along_axis(inputs.positions, last, axis=1)
         starts = end - (self.ratio - 1)
-        pooled = self._pool(windows(rows), windows(rows - self.ratio) if self.overlap == 2 else None, starts > 0)
+        pooled = self._pool(own, before, starts > 0)
         segment = jnp.where(valid, jnp.take_along_axis(inputs.segments, last, axis=1), -1)
         return _of_all(Entries(self._finish(pooled, starts), end, segment))
+
+    def _rows(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]) -> Float[Array, "B S C2"]:
+        """`project` as one product: kv and gate side by side."""
+        both = jnp.concatenate([self.wkv.matrix, self.wgate.matrix])
+        ape = jnp.pad(self.ape[...], ((0, 0), (both.shape[0] // 2, 0)))
+        return float32_dot(x, both) + ape[jnp.mod(positions, self.ratio)]
+
+    @staticmethod
+    def _halves(rows: Float[Array, "*T C2"]) -> tuple[Float[Array, "*T C"], Float[Array, "*T C"]]:
+        """The halves kv and gate."""
+        return tuple(jnp.split(rows, 2, axis=-1))  # pyright: ignore
 
     def extend(
         self, x: Float[Array, "B S D"], inputs: LayerInputs, state: CompressorState

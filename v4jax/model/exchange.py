@@ -43,19 +43,18 @@ def routed_experts(
     # Every device's share of the picks that its group of devices makes.
     is_apart = bool(set(names) & set(parallel.token_axes()))
     picks = experts.size * (1 if is_apart else 1 / devices)
-    local = functools.partial(_local_experts, structure=structure, limit=limit)
-    compute = functools.partial(local, picks=picks)
+    compute = functools.partial(_local_experts, structure=structure, limit=limit)
     if not names:
-        return compute(x, experts, weights, matrices)
+        return compute(x, experts, weights, matrices, picks)
     if not is_apart:
-        return parallel.add(compute(x, _own(experts, parallel.index(names), count), weights, matrices), names)
+        return parallel.add(compute(x, _own(experts, parallel.index(names), count), weights, matrices, picks), names)
     if x.shape[0] * devices <= GATHER_TOKENS:
         x, experts, weights = (parallel.join(a, names, 0) for a in (x, experts, weights))
-        out = compute(x, _own(experts, parallel.index(names), count), weights, matrices)
+        out = compute(x, _own(experts, parallel.index(names), count), weights, matrices, picks)
         return jax.lax.psum_scatter(out, names, scatter_dimension=0, tiled=True)
     shard = parallel.current()
     assert shard is not None
-    exchange = travel.Exchange(local, names, devices, count, shard.placement.has_ragged_exchange)
+    exchange = travel.Exchange(compute, names, devices, count, shard.placement.has_ragged_exchange)
     return travel.routed(x, experts, weights, matrices, exchange)
 
 
@@ -64,10 +63,10 @@ def _local_experts(
     experts: jax.Array,
     weights: jax.Array,
     matrices: list[jax.Array],
+    picks: float,
     *,
     structure: Any,
     limit: float,
-    picks: float | None = None,
 ) -> jax.Array:
     w1, w3, w2 = jax.tree.unflatten(structure, matrices)
     return ops.grouped_experts(x, w1, w3, w2, experts, weights, limit=limit, expected_picks=picks)

@@ -25,6 +25,7 @@ from v4jax.model.params import (
     RouterBias,
     RoutingTable,
     declare_fp8,
+    float32_dot,
     full_dot,
 )
 from v4jax.quant import PackedCodes, PackedScales
@@ -75,12 +76,13 @@ class Gate(nnx.Module):
         self, x: Float[Array, "B S D"], inputs: LayerInputs, experts: Int[Array, "B S K"] | None = None
     ) -> Routing:
         """Routes each token. `experts` replaces the choice, not the weights (replay)."""
-        dtype = self.policy.router
-        scores = sqrt_softplus(full_dot(x.astype(dtype), self.weight[...].astype(dtype)))
+        scores = sqrt_softplus(float32_dot(x, self.weight[...]))
         experts = self._choose(scores, inputs) if experts is None else experts
-        chosen = jnp.take_along_axis(scores, experts, axis=-1)
+        # Sums over all experts instead of a gather: its gradient, and the loads, would be scatters, which TPUs sort for.
+        is_chosen = experts[..., None] == jnp.arange(scores.shape[-1])
+        chosen = jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0.0), axis=-1)
         weights = chosen / jnp.sum(chosen, axis=-1, keepdims=True) * np.float32(self.config.routed_scaling_factor)
-        return Routing(experts, weights, *self._statistics(scores, experts, inputs))
+        return Routing(experts, weights, *self._statistics(scores, is_chosen, inputs))
 
     def _choose(self, scores: jax.Array, inputs: LayerInputs) -> jax.Array:
         if self.spec.router is RouterKind.HASH:
@@ -88,12 +90,10 @@ class Gate(nnx.Module):
         biased = jax.lax.stop_gradient(scores) + self.bias[...]
         return jax.lax.top_k(biased, self.config.num_experts_per_tok)[1]
 
-    def _statistics(self, scores: jax.Array, experts: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+    def _statistics(self, scores: jax.Array, is_chosen: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
         count, choices = self.config.n_routed_experts, self.config.num_experts_per_tok
         real = (inputs.segments > 0).astype(jnp.float32)[..., None]
-        batch = experts.shape[0]
-        rows = jnp.broadcast_to(jnp.arange(batch)[:, None, None], experts.shape)
-        load = jnp.zeros((batch, count), jnp.float32).at[rows, experts].add(jnp.broadcast_to(real, experts.shape))
+        load = jnp.sum(is_chosen * real[..., None], axis=(1, 2))
         whole_rows = functools.partial(parallel.add, names=parallel.sequence_axes())
         load = whole_rows(load)
         tokens = jnp.maximum(whole_rows(jnp.sum(real, axis=1)), 1.0)

@@ -63,17 +63,28 @@ def rotation(positions: Int[Array, "*T"], table: np.ndarray) -> Rotation:
     return Rotation(jnp.cos(angles), jnp.sin(angles) * signs)
 
 
+@jax.custom_vjp
 def rotate(x: Float[Array, "*T H"], turn: Rotation) -> Float[Array, "*T H"]:
     """Rotates the last R channels of x as complex pairs (2i, 2i + 1); computed in float32, returned in x.dtype.
 
-    `turn` broadcasts against x's leading axes: insert an axis for heads where x has one.
+    `turn` broadcasts against x's leading axes: insert an axis for heads where x has one. No gradient goes to it.
     """
     size = turn.cos.shape[-1]
-    nope, rope = x[..., :-size], x[..., -size:].astype(jnp.float32)
+    nope, rope = x[..., :-size], x[..., -size:]
     # The other channel of each pair, by an exact product with a permutation: strided access is slow everywhere.
-    swap = jnp.asarray(np.kron(np.eye(size // 2, dtype=np.float32), np.array([[0, 1], [1, 0]], np.float32)))
-    other = jnp.matmul(rope, swap, precision=jax.lax.Precision.HIGHEST)
-    return jnp.concatenate([nope, (rope * turn.cos + other * turn.sin).astype(x.dtype)], axis=-1)
+    swap = np.kron(np.eye(size // 2, dtype=np.float32), np.array([[0, 1], [1, 0]], np.float32))
+    other = jnp.matmul(
+        rope, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return jnp.concatenate([nope, (rope.astype(jnp.float32) * turn.cos + other * turn.sin).astype(x.dtype)], axis=-1)
+
+
+def _rotate_backward(turn: Rotation, d_out: jax.Array) -> tuple[jax.Array, None]:
+    # A rotation's transpose is its inverse. Written so, the permutation meets d_out in its own dtype.
+    return rotate(d_out, turn.inverse), None
+
+
+rotate.defvjp(lambda x, turn: (rotate(x, turn), turn), _rotate_backward)
 
 
 def over_heads(turn: Rotation) -> Rotation:

@@ -15,17 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.tpu import round_up
 from v4jax import ops
 from v4jax.sharding import Names
 
-_BUFFER_BYTES = 256 << 20
+_BUFFER_BYTES = 512 << 20
 """Of rows that one device sends at a time; longer runs of tokens go in several parts."""
+_PART_MULTIPLE = 128
+"""Tokens of a part: odd sizes are copied from one layout into another, which is slow to compile too."""
 _ROOM = 1.125
 """Rows of a round over those of an even load."""
 _ROW_MULTIPLE = 8
 
-Compute = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
-"""(rows [R, D], experts [R, 1] by local number, weights [R, 1], matrices) → float32 [R, D], any R."""
+Compute = Callable[[jax.Array, jax.Array, jax.Array, Any, float], jax.Array]
+"""(rows [R, D], experts [R, 1] by local number, weights [R, 1], matrices, rows with an expert under an even load)
+→ float32 [R, D], any R."""
 
 
 class Exchange(NamedTuple):
@@ -91,6 +95,8 @@ def _split(arrays: tuple[jax.Array, ...], exchange: Exchange) -> tuple[jax.Array
     tokens = x.shape[0]
     parts = max(1, -(-tokens * experts.shape[1] * x.shape[1] * x.dtype.itemsize // _BUFFER_BYTES))
     size = -(-tokens // min(parts, tokens))
+    if parts > 1 and size > _PART_MULTIPLE:
+        size = round_up(size, _PART_MULTIPLE)
 
     def cut(array: jax.Array) -> jax.Array:
         fill = exchange.devices * exchange.experts if array is experts else 0
@@ -133,6 +139,11 @@ class _Route(NamedTuple):
     def expected(self) -> float:
         """Rounds under an even load."""
         return math.ceil(self.order.shape[0] / self.room)
+
+    @property
+    def expected_rows(self) -> float:
+        """Rows that arrive in each of them."""
+        return self.order.shape[0] / self.expected
 
 
 class _Moves(NamedTuple):
@@ -212,7 +223,7 @@ def _there_and_back(
         moves = _moves(route, index)
         own = _send(rows, jnp.zeros((route.room, x.shape[1]), x.dtype), moves, route, exchange)
         share = _send(shares, jnp.zeros(route.room, shares.dtype), moves, route, exchange)
-        out = exchange.compute(own, _numbers(route, index), share[:, None], matrices)
+        out = exchange.compute(own, _numbers(route, index), share[:, None], matrices, route.expected_rows)
         return _return(out, back, moves, route, exchange)
 
     back = jnp.zeros(rows.shape, jnp.float32)
@@ -234,7 +245,11 @@ def _back_and_forth(
         empty = jnp.zeros((route.room, x.shape[1]), x.dtype)
         own, d_own = (_send(a, empty, moves, route, exchange) for a in (rows, d_rows))
         share = _send(shares, jnp.zeros(route.room, shares.dtype), moves, route, exchange)
-        _, pull = jax.vjp(lambda *a: exchange.compute(a[0], numbers, a[1][:, None], a[2]), own, share, matrices)
+
+        def compute(own: jax.Array, share: jax.Array, matrices: Any) -> jax.Array:
+            return exchange.compute(own, numbers, share[:, None], matrices, route.expected_rows)
+
+        _, pull = jax.vjp(compute, own, share, matrices)
         d_x, d_share, d_matrices = pull(d_own.astype(jnp.float32))
         total = jax.tree.map(lambda sum_, d: sum_ + d.astype(jnp.float32), total, d_matrices)
         return (

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from kernels_pallas.loops import expected_share
 from v4jax.plan.hlo import Computation, Instruction, Program, Shape
 
 _SILENT = frozenset(
@@ -166,10 +167,11 @@ class _Reader:
         name = target[1] if target else "?"
         estimate = re.search(r'"cost_estimate":\s*\{([^}]*)\}', one.attributes)
         figures = dict(re.findall(r'"(\w+)":\s*"?(-?\d+)', estimate[1])) if estimate else {}
-        total.flops += float(figures.get("flops", 0))
-        total.unit_flops += float(figures.get("flops", 0))
+        share = expected_share(one.op_name)
+        total.flops += share * float(figures.get("flops", 0))
+        total.unit_flops += share * float(figures.get("flops", 0))
         moved = self._moved(home, one, "custom-call", one.shapes)
-        total.hbm_bytes += float(figures.get("bytes_accessed", moved))
+        total.hbm_bytes += share * float(figures.get("bytes_accessed", moved))
         if name == "tpu_custom_call" and not figures:
             total.uncosted[one.op_name.removesuffix("/pallas_call").rsplit("/", 1)[-1] or name] += 1
 
