@@ -90,7 +90,7 @@ class Attention(nnx.Module):
 
     def _project_out(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Each group of heads through its own matrix, then all groups together."""
-        groups = self.wo_a.weight.shape[0] // self.config.o_lora_rank
+        groups = self.wo_a.out_size // self.config.o_lora_rank
         latent = self.wo_a.grouped(out.reshape(*out.shape[:2], groups, -1))
         return self.wo_b(latent, summed_over=parallel.axes("o_groups"))
 

@@ -157,9 +157,9 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Output in float32, before it joins the routed sum; where `tensor` divides the width, this device's part."""
-        gate, up = (full_dot(x, w.matrix.astype(x.dtype), self.policy.precision) for w in (self.w1, self.w3))
+        gate, up = (w.unrounded(x) for w in (self.w1, self.w3))
         z = ops.swiglu(gate, up, self.limit).astype(x.dtype)
-        return full_dot(z, self.w2.matrix.astype(x.dtype), self.policy.precision)
+        return self.w2.unrounded(z)
 
 
 class MoE(nnx.Module):

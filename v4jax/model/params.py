@@ -6,6 +6,7 @@ decides optimiser treatment, quantisation and freezing: stacking a segment adds 
 
 import dataclasses
 import enum
+import math
 from typing import Any
 
 import jax
@@ -124,12 +125,6 @@ def declare_fp8(
     return codes, declare(scales, axes=axes, role=role, init=init, dtype=scale_dtype, kind=Scales)
 
 
-def dot(x: jax.Array, weight: jax.Array, policy: DTypePolicy, summed_over: Names = ()) -> jax.Array:
-    """`x · weightᵀ` over the last axes in the compute dtype: x [..., I], weight [O, I] → [..., O]."""
-    out = full_dot(x.astype(policy.compute), weight.astype(policy.compute), policy.precision)
-    return parallel.add(out, summed_over).astype(policy.compute)
-
-
 def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy: DTypePolicy) -> Float[Array, "*T GO"]:
     """Each group of channels through its own matrix, in the compute dtype; results side by side."""
     x, weight = x.astype(policy.compute), weight.astype(policy.compute)
@@ -173,6 +168,10 @@ def rms_scale(x: jax.Array, eps: float) -> jax.Array:
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
+FEW_ROWS = 64
+"""Up to so many rows of inputs, copies of them for every tile of rows of a matrix are no larger than its codes."""
+
+
 class Linear(nnx.Module):
     """A matrix in the checkpoint's [out, in] layout, without bias."""
 
@@ -195,41 +194,90 @@ class Linear(nnx.Module):
             self.scale = None
 
     @property
+    def out_size(self) -> int:
+        """Rows that are here."""
+        return math.prod(self.weight.shape[:-1])
+
+    @property
     def matrix(self) -> Float[Array, "O I"]:
         """The weight; dequantised here where it is kept in released bytes."""
-        return self._values(0, self.weight.shape[0])
-
-    def _values(self, first: int, count: int) -> Float[Array, "O I"]:
-        """Rows of the weight, dequantised where need be; `first` begins a tile then."""
-        codes = self.weight[...][first : first + count]
+        codes = self.weight[...].reshape(self.out_size, -1)
         if self.scale is None:
             return codes
         assert self.policy.native is not None
-        rows, columns = self.policy.native.tile
-        scale = self.scale[...][first // rows : -(-(first + count) // rows)]
-        if scale.dtype == jnp.float8_e8m0fnu:
-            # A power of two times three bits of mantissa is exact in bfloat16 too, and half as much to move.
-            spread = jnp.repeat(scale.astype(self.policy.param), columns, axis=-1)[:, : codes.shape[1]]
-            return codes.astype(self.policy.param) * jnp.repeat(spread, rows, axis=-2)[:count]
-        return decode_fp8(codes, scale, self.policy.native.tile).astype(self.policy.param)
+        scale, (rows, columns) = self.scale[...], self.policy.native.tile
+        if scale.dtype != jnp.float8_e8m0fnu:
+            return decode_fp8(codes, scale, (rows, columns)).astype(self.policy.param)
+        # A power of two times three bits of mantissa is exact in bfloat16 too, and half as much to move.
+        spread = jnp.repeat(scale.astype(self.policy.param), columns, axis=-1)[:, : codes.shape[1]]
+        return codes.astype(self.policy.param) * jnp.repeat(spread, rows, axis=-2)[: codes.shape[0]]
 
     def grouped(self, x: Float[Array, "*T G I"]) -> Float[Array, "*T GO"]:
         """Each group of channels through its own rows of the matrix, in the compute dtype; results side by side."""
-        groups, out_size = x.shape[-2], self.weight.shape[0] // x.shape[-2]
-        if self.scale is not None and self.policy.native is not None and out_size % self.policy.native.tile[0] == 0:
-            # A matrix of its own is dequantised inside its product; a part of a larger one would be written first.
-            parts = (self._values(g * out_size, out_size) for g in range(groups))
-            latent = [dot(x[..., g, :], part, self.policy) for g, part in enumerate(parts)]
-            return jnp.concatenate(latent, axis=-1)
-        return grouped_dot(x, self.matrix.reshape(groups, out_size, -1), self.policy)
+        x, groups = x.astype(self.policy.compute), x.shape[-2]
+        if self._is_for_few(x, groups):
+            return self._of_few(x).reshape(*x.shape[:-2], -1).astype(self.policy.compute)
+        return grouped_dot(x, self.matrix.reshape(groups, -1, x.shape[-1]), self.policy)
 
     def __call__(self, x: Float[Array, "*T I"], *, summed_over: Names = ()) -> Float[Array, "*T O"]:
         """Result in the compute dtype; added up over the mesh axes that divide the inputs, if any."""
-        return dot(x, self.matrix, self.policy, summed_over)
+        out = self.unrounded(x.astype(self.policy.compute))
+        return parallel.add(out, summed_over).astype(self.policy.compute)
+
+    def unrounded(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """The product in the dtype of x, accumulated and returned in float32."""
+        if self._is_for_few(x[..., None, :], 1):
+            return self._of_few(x[..., None, :])[..., 0, :]
+        return full_dot(x, self.matrix.astype(x.dtype), self.policy.precision)
+
+    def _is_for_few(self, x: Float[Array, "*T G I"], groups: int) -> bool:
+        if self.scale is None or self.scale.dtype != jnp.float8_e8m0fnu:
+            return False
+        assert self.policy.native is not None
+        return self.out_size % (groups * self.policy.native.tile[0]) == 0 and math.prod(x.shape[:-2]) <= FEW_ROWS
+
+    def _of_few(self, x: Float[Array, "*T G I"]) -> Float[Array, "*T G O"]:
+        """Products with rows of whole tiles, float32: each tile's scale, a power of two, multiplies the inputs instead.
+
+        That is exact too, and little beside the matrix. A dequantised matrix the compiler would write to memory and
+        read back; codes that are only converted it reads once, inside the product.
+        """
+        assert self.policy.native is not None
+        (rows, columns), (groups, size) = self.policy.native.tile, x.shape[-2:]
+        codes = self.weight[...].reshape(-1, rows, size).astype(x.dtype)
+        scale = jnp.repeat(self.scale[...].astype(x.dtype), columns, axis=-1)[:, :size]
+        own = x.reshape(-1, groups, 1, size) * scale.reshape(groups, -1, size)
+        out = jax.lax.dot_general(
+            own.reshape(-1, *scale.shape), codes, (((2,), (2,)), ((1,), (0,))),
+            precision=self.policy.precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return jnp.moveaxis(out, 1, 0).reshape(*x.shape[:-1], -1)
 
     def in_float32(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """The product with both operands upcast, for the float32 islands."""
         return float32_dot(x, self.matrix)
+
+
+def in_tiles(module: Any) -> Any:
+    """The module with its FP8 matrices as few rows are multiplied by them, [..., tiles, rows of a tile, in].
+
+    For stacks of layers: a layer is then read where it lies. One that is cut out first and divided afterwards would be
+    written to memory for it.
+    """
+
+    def tiled(linear: Any) -> Any:
+        if not isinstance(linear, Linear) or linear.scale is None:
+            return linear
+        assert linear.policy.native is not None
+        rows, codes = linear.policy.native.tile[0], linear.weight
+        division = codes.get_metadata().get("division")
+        if codes.shape[-2] % rows or (division is not None and any(division.storage)):
+            return linear
+        linear = jax.tree.map(lambda leaf: leaf, linear)
+        linear.weight = codes.replace(codes[...].reshape(*codes.shape[:-2], -1, rows, codes.shape[-1]))
+        return linear
+
+    return jax.tree.map(tiled, module, is_leaf=lambda node: isinstance(node, Linear))
 
 
 class RMSNorm(nnx.Module):

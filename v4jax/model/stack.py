@@ -20,7 +20,7 @@ from v4jax.dtypes import DTypePolicy
 from v4jax.model.attention import SELECTION
 from v4jax.model.inputs import Choices, LayerInputs
 from v4jax.model.layer import DecoderLayer, LayerMetrics, Residual
-from v4jax.model.params import Declare
+from v4jax.model.params import FEW_ROWS, Declare, in_tiles
 from v4jax.sharding import variables
 
 UnitCaches = tuple[LayerCache, ...]
@@ -71,7 +71,8 @@ class Segment(nnx.Module):
             return residual, caches, [jax.tree.map(lambda a: a[None], m) for m in metrics]
         if replay is not None:
             raise ValueError("replay needs the per-layer view of the model: call unstack() first")
-        leaves, structure = jax.tree.flatten(list(self.layers))
+        is_few = caches is not None and inputs.tokens.size <= FEW_ROWS
+        leaves, structure = jax.tree.flatten(in_tiles(list(self.layers)) if is_few else list(self.layers))
         indexed = self._indexed() if caches is not None else [False] * len(leaves)
         whole = [leaf for leaf, stays in zip(leaves, indexed, strict=True) if stays]
         sliced = [leaf for leaf, stays in zip(leaves, indexed, strict=True) if not stays]
