@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas.grouped_experts.reference import dot, swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import data_loop
+from kernels_pallas.ordering import gather_sum
 
 MIN_ROWS, MAX_ROWS = 8, 128
 """Rows of a tile: the sublanes of a float32 register, and what makes a product large enough."""
@@ -25,39 +26,49 @@ def rows_of_tile(picks: float, experts: int) -> int:
 def forward(
     x: jax.Array,
     matrices: tuple[ExpertStack, ExpertStack, ExpertStack],
-    token: jax.Array,
-    share: jax.Array,
-    last: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
     rows: int,
     limit: float,
     expected: float,
 ) -> jax.Array:
-    """Outputs of rows in the padded order by expert.
+    """The combined output [T, D] float32.
 
     Args:
       x: [T, D].
       matrices: w1, w3, w2.
-      token: [R] token of each row; share: [R] its routing weight; R is a multiple of `rows`.
-      last: [E] the tile after each expert's last.
+      experts: [T, K], the number of experts for none; weights: [T, K].
       rows: of a tile.
       limit: of gate and up.
       expected: tiles with work under an even load.
-
-    Returns:
-      [R, D] float32; zero beyond the last tile.
     """
     gate, up, down = matrices
-    owner = jnp.minimum(jnp.searchsorted(last, jnp.arange(token.shape[0] // rows), side="right"), last.shape[0] - 1)
+    count, picks = gate.shape[0], experts.size
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    load = jnp.bincount(flat, length=count)
+    used = (load + rows - 1) // rows
+    last, end = jnp.cumsum(used), jnp.cumsum(load)
+    tile = jnp.arange(picks // rows + min(count, picks))  # enough for every distribution of the load
+    owner = jnp.minimum(jnp.searchsorted(last, tile, side="right"), count - 1)
+    begin = (end - load)[owner] + (tile - (last - used)[owner]) * rows
+    token, share = (jnp.pad(a[order], (0, rows)) for a in (jnp.arange(picks) // experts.shape[1], weights.reshape(-1)))
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        expert, start = owner[i], i * rows
+        expert, start = owner[i], begin[i]
         own = x[jax.lax.dynamic_slice_in_dim(token, start, rows)]
         z = swiglu(_product(own, gate, expert), _product(own, up, expert), limit)
-        z = (z * jax.lax.dynamic_slice_in_dim(share, start, rows)[:, None]).astype(x.dtype)
+        own_share = jax.lax.dynamic_slice_in_dim(share, start, rows)
+        own_share = jnp.where(start + jnp.arange(rows) < end[expert], own_share, 0.0)
+        z = (z * own_share[:, None]).astype(x.dtype)
+        # Rows of the next expert, zero here, are written again by the next tile.
         return jax.lax.dynamic_update_slice_in_dim(out, _product(z, down, expert), start, 0)
 
-    out = jnp.zeros((token.shape[0], x.shape[1]), jnp.float32)
-    return data_loop(0, last[-1], one_tile, out, expected=expected)
+    out = jnp.zeros((picks + rows, x.shape[1]), jnp.float32)
+    out = data_loop(0, last[-1], one_tile, out, expected=expected)
+    # The last row is never filled: picks of no expert, which come last, read it.
+    place = jnp.zeros(picks, jnp.int32).at[order].set(jnp.arange(picks, dtype=jnp.int32), unique_indices=True)
+    return gather_sum(out, jnp.where(flat < count, place, picks + rows - 1).reshape(experts.shape))
 
 
 def _product(x: jax.Array, stack: ExpertStack, expert: jax.Array) -> jax.Array:

@@ -180,11 +180,11 @@ def _inference(
 ) -> jax.Array:
     """Without a gradient, for stacks of any kind."""
     count, is_one_of_many = matrices[0].shape[0], matrices[0].layer is not None
-    block = tiles.rows_of_tile(picks, count) if is_one_of_many else _block_size(int(picks), count)
-    groups, expected = _group(experts, weights, count, block), _expected(picks, count, block)
     if is_one_of_many:
-        rows = tiles.forward(x, matrices, groups.token, groups.share, groups.last, block, limit, expected.tiles)
-        return gather_sum(rows, groups.slot)
+        rows = tiles.rows_of_tile(picks, count)
+        return tiles.forward(x, matrices, experts, weights, rows, limit, _expected(picks, count, rows).tiles)
+    block = _block_size(int(picks), count)
+    groups, expected = _group(experts, weights, count, block), _expected(picks, count, block)
     if block <= _WEIGHTS_FIRST:
         return _forward_few(x, matrices, groups, block, limit, expected)
     return _forward(x, matrices, groups, block, limit, expected, keep=False)[0]
