@@ -1,7 +1,7 @@
 """Experts of many rows on TPU: rows are sorted by expert, and the products are those of JAX's own `megablox` kernels.
 
-They take plain bfloat16 matrices (training, prefill with such weights). Quantised matrices, stacks of layers and
-float32 have no kernel yet, and few rows do not need one: these run as in `xla`.
+They take plain bfloat16 matrices (training, prefill with such weights). Few tokens through FP4 experts have a kernel
+where XLA needs one (`kernel_fp4`). Other quantised matrices, stacks of layers and float32 run as in `xla`.
 """
 
 import functools
@@ -13,12 +13,12 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.grouped_experts import xla
+from kernels_pallas.grouped_experts import kernel_fp4, tiles, xla
 from kernels_pallas.grouped_experts.reference import swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import part_of_grid
 from kernels_pallas.ordering import by_key, gather_sum
-from kernels_pallas.tpu import LANES, round_up
+from kernels_pallas.tpu import LANES, current_chip, round_up
 
 _TILE = 256
 """Rows of a tile. Where experts meet in a tile it is computed for both: smaller tiles waste less."""
@@ -130,6 +130,13 @@ def grouped_experts(
     stacks = (w1, w3, w2)
     is_plain = all(stack.layer is None and stack.scale is None for stack in stacks)
     picks = experts.size if expected_picks is None else expected_picks
+    if w1.layer is not None:
+        count, chip = w1.shape[0], current_chip()
+        rows = tiles.rows_of_tile(picks, count)
+        if kernel_fp4.is_for(x, stacks, rows, chip):
+            grouped = tiles.group(experts, weights, count, rows)
+            expected = xla.expected_load(picks, count, rows).tiles
+            return kernel_fp4.forward(x, stacks, grouped, rows, limit=limit, expected=expected, chip=chip)
     if not is_plain or x.dtype != jnp.bfloat16 or picks < w1.shape[0] * _MANY:
         return xla.grouped_experts(x, *stacks, experts, weights, limit=limit, expected_picks=expected_picks)
     w1_values, w3_values, w2_values = (stack.values.astype(x.dtype) for stack in stacks)

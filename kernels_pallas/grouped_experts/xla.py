@@ -68,7 +68,7 @@ class _Expected(NamedTuple):
         return self.experts * self.blocks
 
 
-def _expected(picks: float, experts: int, block: int) -> _Expected:
+def expected_load(picks: float, experts: int, block: int) -> _Expected:
     """Of `picks` that fall on `experts` at random: empty ones by the Poisson law, and half a block of padding each."""
     mean = picks / experts
     active = experts * -math.expm1(-mean)
@@ -182,9 +182,9 @@ def _inference(
     count, is_one_of_many = matrices[0].shape[0], matrices[0].layer is not None
     if is_one_of_many:
         rows = tiles.rows_of_tile(picks, count)
-        return tiles.forward(x, matrices, experts, weights, rows, limit, _expected(picks, count, rows).tiles)
+        return tiles.forward(x, matrices, experts, weights, rows, limit, expected_load(picks, count, rows).tiles)
     block = _block_size(int(picks), count)
-    groups, expected = _group(experts, weights, count, block), _expected(picks, count, block)
+    groups, expected = _group(experts, weights, count, block), expected_load(picks, count, block)
     if block <= _WEIGHTS_FIRST:
         return _forward_few(x, matrices, groups, block, limit, expected)
     return _forward(x, matrices, groups, block, limit, expected, keep=False)[0]
@@ -203,7 +203,7 @@ def _experts_fwd(
     count = matrices[0].shape[0]
     block = _block_size(int(picks), count)
     groups = _group(experts, weights, count, block)
-    out, both = _forward(x, _stacks(matrices), groups, block, limit, _expected(picks, count, block), keep=True)
+    out, both = _forward(x, _stacks(matrices), groups, block, limit, expected_load(picks, count, block), keep=True)
     return out, (x, matrices, experts, weights, groups, both)
 
 
@@ -211,7 +211,7 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
     x, matrices, experts, weights, groups, both = saved
     count, dtype = matrices[0].shape[0], x.dtype
     block = _block_size(int(picks), count)
-    expected = _expected(picks, count, block)
+    expected = expected_load(picks, count, block)
     hidden_size = matrices[0].shape[1]
 
     def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -243,6 +243,7 @@ class Linear(nnx.Module):
         read back; codes that are only converted it reads once, inside the product.
         """
         assert self.policy.native is not None
+        assert self.scale is not None
         (rows, columns), (groups, size) = self.policy.native.tile, x.shape[-2:]
         codes = self.weight[...].reshape(-1, rows, size).astype(x.dtype)
         scale = jnp.repeat(self.scale[...].astype(x.dtype), columns, axis=-1)[:, :size]
