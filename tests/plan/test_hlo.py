@@ -125,6 +125,16 @@ def test_a_kernel_counts_as_it_says_and_one_that_says_nothing_is_listed():
     assert sum(costs.uncosted.values()) == 1
 
 
+def test_a_kernel_is_not_charged_for_what_lies_in_vmem():
+    estimate = 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"0","bytes_accessed":"20000"}}}'
+    main = lines(f"""
+        %a = f32[8,128]{{1,0:S(1)}} parameter(0)
+        %b = f32[8,128]{{1,0}} parameter(1)
+        ROOT %k = f32[8,128]{{1,0:S(1)}} custom-call(%a, %b), custom_call_target="tpu_custom_call", {estimate}
+    """)
+    assert program_costs(entry(main)).hbm_bytes == 20000 - 2 * 8 * 128 * 4
+
+
 def test_traffic_is_what_slices_and_updates_touch_and_what_lies_in_hbm():
     fused = """%fused (p: f32[100,128], i: s32[]) -> f32[1,128] {
   %p = f32[100,128]{1,0} parameter(0)
