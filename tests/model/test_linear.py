@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from v4jax.dtypes import DTypePolicy, NativeWeights
-from v4jax.model.params import Declare, Linear
+from v4jax.model.params import FEW_ROWS, Declare, Linear, in_tiles
 
 GROUPS, IN = 3, 40
 
@@ -18,10 +18,11 @@ def grouped_matrices(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.einsum("bsgi,goi->bsgo", x, parts).reshape(*x.shape[:2], -1)
 
 
+@pytest.mark.parametrize("tokens", [7, FEW_ROWS])
 @pytest.mark.parametrize("out", [8, 5])
 @pytest.mark.parametrize("scales", [None, jnp.float8_e8m0fnu, jnp.float32])
-def test_each_group_goes_through_its_own_rows(out: int, scales: object) -> None:
-    """With tiles of 4 rows, groups of 8 begin at a tile and groups of 5 do not."""
+def test_each_group_goes_through_its_own_rows(out: int, scales: object, tokens: int) -> None:
+    """With tiles of 4 rows, groups of 8 begin at a tile and groups of 5 do not. Few rows of inputs take the scales."""
     rng = np.random.default_rng(out)
     policy = DTypePolicy.named("float32")
     if scales is not None:
@@ -34,6 +35,13 @@ def test_each_group_goes_through_its_own_rows(out: int, scales: object) -> None:
         linear.weight.set_value(jnp.asarray(codes, jnp.float8_e4m3fn))
         tiles = -(-GROUPS * out // 4), -(-IN // 16)
         linear.scale.set_value(jnp.asarray(2.0 ** rng.integers(-3, 4, tiles), scales))
-    x = rng.standard_normal((2, 7, GROUPS, IN)).astype(np.float32)
+    x = rng.standard_normal((2, tokens, GROUPS, IN)).astype(np.float32)
     want = grouped_matrices(np.asarray(linear.matrix, np.float32), x)
     np.testing.assert_allclose(linear.grouped(jnp.asarray(x)), want, rtol=1e-5, atol=1e-5)
+    if scales is jnp.float8_e8m0fnu:
+        np.testing.assert_allclose(in_tiles(linear).grouped(jnp.asarray(x)), want, rtol=1e-5, atol=1e-5)
+        whole = np.asarray(linear.matrix, np.float64)
+        np.testing.assert_array_equal(in_tiles(linear).matrix, whole)
+        np.testing.assert_allclose(
+            in_tiles(linear)(jnp.asarray(x[:, :, 0])), x[:, :, 0] @ whole.T, rtol=1e-5, atol=1e-5
+        )
