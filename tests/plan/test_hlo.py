@@ -130,7 +130,7 @@ def test_a_kernel_is_not_charged_for_what_lies_in_vmem():
     main = lines(f"""
         %a = f32[8,128]{{1,0:S(1)}} parameter(0)
         %b = f32[8,128]{{1,0}} parameter(1)
-        ROOT %k = f32[8,128]{{1,0:S(1)}} custom-call(%a, %b), custom_call_target="tpu_custom_call", {estimate}
+        ROOT %k = f32[8,128]{{1,0:S(1)}} custom-call(%a, %b, %a), custom_call_target="tpu_custom_call", {estimate}
     """)
     assert program_costs(entry(main)).hbm_bytes == 20000 - 2 * 8 * 128 * 4
 

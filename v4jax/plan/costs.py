@@ -171,9 +171,10 @@ class _Reader:
         total.flops += share * float(figures.get("flops", 0))
         total.unit_flops += share * float(figures.get("flops", 0))
         if "bytes_accessed" in figures:
-            # A kernel does not know what the compiler brought to VMEM for it: that was counted where it was read.
-            arrays = [*one.shapes, *(shape for operand in one.operands for shape in home.instructions[operand].shapes)]
-            on_chip = sum(shape.nbytes for shape in arrays if shape.space == 1)
+            # A kernel does not know what the compiler brought to VMEM for it: that was counted where it was read. An
+            # array that is given several times counts once.
+            given = [home.instructions[name].shapes for name in dict.fromkeys(one.operands)]
+            on_chip = sum(shape.nbytes for shapes in (one.shapes, *given) for shape in shapes if shape.space == 1)
             total.hbm_bytes += max(share * float(figures["bytes_accessed"]) - on_chip, 0.0)
         else:
             total.hbm_bytes += self._moved(home, one, "custom-call", one.shapes)
