@@ -26,7 +26,6 @@ from v4jax.model.params import (
     RoutingTable,
     declare_fp8,
     float32_dot,
-    full_dot,
 )
 from v4jax.quant import PackedCodes, PackedScales
 
@@ -78,7 +77,7 @@ class Gate(nnx.Module):
         """Routes each token. `experts` replaces the choice, not the weights (replay)."""
         scores = sqrt_softplus(float32_dot(x, self.weight[...]))
         experts = self._choose(scores, inputs) if experts is None else experts
-        # Sums over all experts instead of a gather: its gradient, and the loads, would be scatters, which TPUs sort for.
+        # Sums over all experts instead of a gather, whose gradient would be a scatter, and that a sort on TPU.
         is_chosen = experts[..., None] == jnp.arange(scores.shape[-1])
         chosen = jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0.0), axis=-1)
         weights = chosen / jnp.sum(chosen, axis=-1, keepdims=True) * np.float32(self.config.routed_scaling_factor)
