@@ -36,7 +36,7 @@ def expected_trips(op_name: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def part_of_grid(share: float) -> AbstractContextManager[None]:
+def part_of_grid(share: float) -> AbstractContextManager[object]:
     """Says of the kernels called inside which share of their grid they visit under an even load, 0 to 1."""
     return jax.named_scope(f"about_{share:.3f}_of_grid")
 
