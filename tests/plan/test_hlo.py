@@ -115,6 +115,29 @@ def test_products_written_as_convolutions_count_real_pairs_alone():
     assert (costs.flops, costs.unit_flops) == (2 * 32 * 64 * 16, 6 * 2 * 32 * 64 * 16)
 
 
+@pytest.mark.parametrize(("precision", "passes"), [("highest", 3), ("high", 2), ("default", 1)])
+def test_a_product_with_what_was_bfloat16_takes_fewer_passes(precision: str, passes: int):
+    main = lines("""
+        %x = bf16[32,64]{1,0} parameter(0)
+        %a = f32[32,64]{1,0} convert(%x)
+        %b = f32[64,16]{1,0} parameter(1)
+        ROOT %c = f32[32,16]{1,0} convolution(%a, %b), dim_labels=bf_io->bf, operand_precision={PRECISION,PRECISION}
+    """).replace("PRECISION", precision)
+    costs = program_costs(entry(main))
+    assert costs.unit_flops == passes * costs.flops == passes * 2 * 32 * 64 * 16
+
+
+def test_a_kernel_counts_as_much_of_its_grid_as_its_author_expects():
+    call = [
+        '%c = f32[1024,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"',
+        'metadata={op_name="jit(f)/about_0.750_of_grid/jit(gmm)/pallas_call"}',
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"800"}}}',
+    ]
+    main = lines("%a = bf16[1024,128]{1,0} parameter(0)\nROOT " + ", ".join(call))
+    costs = program_costs(entry(main))
+    assert (costs.flops, costs.hbm_bytes) == (750, 600)
+
+
 def test_a_kernel_counts_as_it_says_and_one_that_says_nothing_is_listed():
     call = '%{0} = f32[8,128]{{1,0}} custom-call(%a), custom_call_target="tpu_custom_call"{1}'
     estimate = ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"77"}}}'
