@@ -36,7 +36,7 @@ def _compile(request: Request, hlo: Path | None) -> Compiled | Failure:
     if hlo is not None:
         hlo.write_text(text)
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # Of arrays alive at once. The compiler refuses what does not fit, while its sum of temporaries may exceed the memory.
+    # Of arrays alive at once. What does not fit is refused, while the sum of temporaries of what fits may exceed it.
     peak = getattr(memory, "peak_memory_in_bytes", 0) or used + memory.temp_size_in_bytes
     packages = ("jax", "jaxlib", "libtpu", "v4jax")
     return Compiled(
