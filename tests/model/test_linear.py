@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from v4jax.dtypes import DTypePolicy, NativeWeights
-from v4jax.model.params import FEW_ROWS, Declare, Linear, in_tiles
+from v4jax.model.params import FEW_ROWS, Declare, Linear, float32_dot, in_tiles
 
 GROUPS, IN = 3, 40
 
@@ -45,3 +46,19 @@ def test_each_group_goes_through_its_own_rows(out: int, scales: object, tokens: 
         np.testing.assert_allclose(
             in_tiles(linear)(jnp.asarray(x[:, :, 0])), x[:, :, 0] @ whole.T, rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_product_in_float32_and_its_gradients(dtype):
+    rng = np.random.default_rng(5)
+    x, weight, d_out = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 16), (8, 16), (2, 3, 8)))
+    x = jnp.asarray(x, dtype)
+    wide = np.asarray(x, np.float64)
+    out, pull = jax.vjp(float32_dot, x, jnp.asarray(weight))
+    d_x, d_weight = pull(jnp.asarray(d_out))
+    assert (out.dtype, d_x.dtype, d_weight.dtype) == (jnp.float32, dtype, jnp.float32)
+    np.testing.assert_allclose(out, wide @ weight.T.astype(np.float64), atol=1e-5)
+    np.testing.assert_allclose(d_weight, np.einsum("bto,bti->oi", d_out, wide), atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(d_x, np.float32), d_out @ weight, atol=1e-5, rtol=2**-8 * (dtype != np.float32)
+    )

@@ -1,8 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from v4jax.config import ModelConfig, RopeScaling
-from v4jax.model.rope import frequencies, layer_frequencies, rotate, rotation
+from v4jax.model.rope import frequencies, layer_frequencies, over_heads, rotate, rotation
 
 YARN = RopeScaling(factor=16, original_max_position_embeddings=65536)
 
@@ -36,3 +37,23 @@ def test_the_inverse_undoes_the_rotation():
     x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
     turn = rotation(jnp.array([3, 70, 999]), frequencies(8, 100.0, None))
     np.testing.assert_allclose(rotate(rotate(jnp.asarray(x), turn), turn.inverse), x, atol=1e-6)
+
+
+def test_the_gradient_is_the_inverse_rotation_also_in_bfloat16():
+    rng = np.random.default_rng(2)
+    x, d_out = (rng.standard_normal((3, 2, 12)).astype(np.float32) for _ in range(2))
+    turn = over_heads(rotation(jnp.array([3, 70, 999]), frequencies(8, 100.0, None)))
+
+    def explicit(x):
+        even, odd = x[..., 4::2], x[..., 5::2]
+        cos, sin = turn.cos[..., ::2], turn.sin[..., 1::2]
+        turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+        return jnp.concatenate([x[..., :4], turned.reshape(*x.shape[:-1], -1)], axis=-1)
+
+    want = jax.vjp(explicit, jnp.asarray(x))[1](jnp.asarray(d_out))[0]
+    got = jax.vjp(lambda x: rotate(x, turn), jnp.asarray(x))[1](jnp.asarray(d_out))[0]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    half = jnp.asarray(x, jnp.bfloat16)
+    got = jax.vjp(lambda x: rotate(x, turn), half)[1](jnp.asarray(d_out, jnp.bfloat16))[0]
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.03)
