@@ -57,8 +57,8 @@ def _rules(storage: Names) -> Rules:
 
 
 RULES: Mapping[Recipe, Rules] = {
-    # In training every device of `expert` holds other rows, so what is not an expert may be divided over it too.
-    "train": _rules(("fsdp", "expert")),
+    # In training every device of `expert` and `sequence` holds other tokens: what is gathered anyway is divided there too.
+    "train": _rules(("fsdp", "expert", "sequence")),
     # Prefill and decode share the parameters of one process: the same table, and no gathers but over `fsdp`.
     "prefill": _rules(("fsdp",)),
     "decode": _rules(("fsdp",)),

@@ -41,6 +41,7 @@ class Compiled:
     output_bytes: int
     aliased_bytes: int
     temp_bytes: int
+    """Temporaries at the peak."""
     peak_bytes: int
     costs: Any
     """`costs.Costs`, per device."""

@@ -36,7 +36,8 @@ def _compile(request: Request, hlo: Path | None) -> Compiled | Failure:
     if hlo is not None:
         hlo.write_text(text)
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # Of arrays alive at once. What does not fit is refused, while the sum of temporaries of what fits may exceed it.
+    # What is alive at once. The compiler refuses what does not fit, while the sum of a fitting program's temporaries may
+    # exceed the memory.
     peak = getattr(memory, "peak_memory_in_bytes", 0) or used + memory.temp_size_in_bytes
     packages = ("jax", "jaxlib", "libtpu", "v4jax")
     return Compiled(
@@ -46,7 +47,7 @@ def _compile(request: Request, hlo: Path | None) -> Compiled | Failure:
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
+        temp_bytes=max(peak - used, 0),
         peak_bytes=peak,
         costs=program_costs(text, request.mesh),
         trace_seconds=traced - start,
