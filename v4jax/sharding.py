@@ -57,7 +57,7 @@ def _rules(storage: Names) -> Rules:
 
 
 RULES: Mapping[Recipe, Rules] = {
-    # In training all devices but those of `tensor` hold other tokens: what is gathered anyway is divided over more axes.
+    # In training all devices but those of `tensor` hold other tokens: what is gathered anyway is divided over more.
     "train": _rules(("fsdp", "expert", "sequence")),
     # Prefill and decode share the parameters of one process: the same table, and no gathers but over `fsdp`.
     "prefill": _rules(("fsdp",)),

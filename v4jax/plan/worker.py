@@ -36,8 +36,7 @@ def _compile(request: Request, hlo: Path | None) -> Compiled | Failure:
     if hlo is not None:
         hlo.write_text(text)
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # What is alive at once. The compiler refuses what does not fit, while the temporaries of what fits may sum up to more
-    # than the memory.
+    # What is alive at once. What does not fit is refused; the temporaries of what fits may sum up to more than memory.
     peak = getattr(memory, "peak_memory_in_bytes", 0) or used + memory.temp_size_in_bytes
     packages = ("jax", "jaxlib", "libtpu", "v4jax")
     return Compiled(
