@@ -1,4 +1,4 @@
-"""`v4jax finetune` in several processes on this machine."""
+"""Verbs of `v4jax` in several processes on this machine."""
 
 import json
 import os
@@ -20,21 +20,28 @@ def free_port() -> int:
 def start(
     model: Path, data: Path, out: Path, *, processes: int, mesh: str, devices: int, steps: int = 5, **flags: Any
 ) -> list[subprocess.Popen]:
-    """Processes of `devices` virtual devices each; what they print goes to OUT.<process>.log.
+    """`v4jax finetune` as `start_verb` starts it.
 
     `epsilon` keeps AdamW from turning the rounding of a gradient near 0 into a whole step.
     """
+    settings = dict(
+        data=data, out=out, steps=steps, warmup_steps=1, batch_size=4, sequence_length=32, learning_rate=1e-4,
+        epsilon=1e-5, eval_every=1000, save_every=2, held_out_tokens=100, held_out_fraction=0.3, mesh=mesh,
+    )  # fmt: skip
+    return start_verb("finetune", model, out, processes=processes, devices=devices, **settings | flags)
+
+
+def start_verb(
+    verb: str, model: Path, out: Path, *, processes: int, devices: int, **flags: Any
+) -> list[subprocess.Popen]:
+    """Processes of `devices` virtual devices each; what they print goes to OUT.<process>.log."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
-    settings = dict(
-        steps=steps, warmup_steps=1, batch_size=4, sequence_length=32, learning_rate=1e-4, epsilon=1e-5,
-        eval_every=1000, save_every=2, held_out_tokens=100, held_out_fraction=0.3, mesh=mesh,
-    ) | flags  # fmt: skip
-    command = [sys.executable, "-m", "v4jax", "finetune", str(model), "--data", str(data), "--out", str(out)]
-    for name, value in settings.items():
+    command = [sys.executable, "-m", "v4jax", verb, str(model)]
+    for name, value in flags.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     port, started = free_port(), []
     for process in range(processes):

@@ -1,4 +1,4 @@
-"""Fine-tuning in several processes on this machine: as one process does it, and with an end when one is lost."""
+"""Several processes on this machine: as one process does it, and with an end when one is lost."""
 
 import time
 from pathlib import Path
@@ -51,6 +51,17 @@ def test_five_steps_in_several_processes_equal_those_of_one(
     finish(processes.start(*inputs, out, processes=count, mesh=MESH, devices=4 // count), out)
     assert_same_run(out, alone)
     assert (out / "model" / "conversion.json").is_file()
+
+
+def test_two_processes_generate_the_text_of_one(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = dict(prompt="def main", max_new_tokens=6, temperature=0.8, mesh="expert=2,tensor=2")
+    texts = []
+    for count in (1, 2):
+        out = tmp_path / f"run-{count}"
+        finish(processes.start_verb("generate", inputs[0], out, processes=count, devices=4 // count, **settings), out)
+        texts.append(processes.output(out, 0).splitlines()[-1])
+    assert texts[0] == texts[1]
+    assert texts[0].strip()
 
 
 @pytest.mark.nightly
