@@ -172,12 +172,12 @@ def traced(topk, entries, *, sound=True, heads=64, queries=64, dim=512, is_train
 
 
 def test_unions_are_taken_for_sound_lists_where_there_are_many_entries_per_selected_one():
-    assert "sparse_attention_gather" in traced(512, 4097)
-    assert "sparse_attention_gather" not in traced(512, 4096)
+    assert "sparse_attention_gather" in traced(512, 4096)
+    assert "sparse_attention_gather" not in traced(512, 4095)
     assert "sparse_attention_gather" not in traced(512, 8192, sound=False)
     assert "sparse_attention_gather" not in traced(1025, 1 << 18)
-    assert "sparse_attention_gather" not in traced(512, 8192, heads=8)
-    assert "sparse_attention_gather" in traced(512, 8193, heads=8)
+    assert "sparse_attention_gather" not in traced(512, 8191, heads=8)
+    assert "sparse_attention_gather" in traced(512, 8192, heads=8)
 
 
 @pytest.mark.parametrize(("heads", "topk", "entries"), [(64, 512, 1 << 14), (128, 1024, 1 << 18)])
@@ -198,7 +198,7 @@ def test_costs_count_twice_the_selected_entries_whatever_the_context(heads, topk
 def test_costs_of_the_dense_path_count_the_tiles_that_causality_leaves():
     entries, tile = 4096, default_block_sizes(64, 4096, jnp.bfloat16).entries
     (flops,) = re.findall(
-        r"CostEstimate\(flops=(\d+),.*?name=sparse_attention_forward", traced(512, entries), re.DOTALL
+        r"CostEstimate\(flops=(\d+),.*?name=sparse_attention_forward", traced(512, entries, sound=False), re.DOTALL
     )
     assert int(flops) == 2 * 2 * 64 * 64 * (256 + (entries // tile + 1) / 2 * tile) * 512
 
