@@ -73,8 +73,11 @@ class Attention(nnx.Module):
         """
         turn = inputs.turn(self.spec.ratio)
         latent = self.q_norm(self.wq_a(x))
-        q = self.wq_b(latent).reshape(*x.shape[:2], -1, self.config.head_dim)
-        q = q.astype(self.policy.norm)
+        q = self.wq_b(latent)
+        if cache is None:
+            # The widest array of a layer: the compiler would keep the product, and its gradient, in float32.
+            q = jax.lax.optimization_barrier(q)
+        q = q.reshape(*x.shape[:2], -1, self.config.head_dim).astype(self.policy.norm)
         q = (q * rms_scale(q, self.config.rms_norm_eps)).astype(self.policy.compute)
         q = rotate(q, over_heads(turn))
         kv = rotate(self.kv_norm(self.wkv(x)), turn)

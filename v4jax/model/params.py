@@ -327,15 +327,15 @@ _LEAST_CHANNELS = 128
 def embedded(weight: nnx.Variable, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """Rows of a table, of which this device may hold some rows (compute axes) and some channels (storage axes).
 
-    The table does not travel, but for bringing together a few channels: devices with other tokens send their ids, and
-    get back the channels that are here.
+    The table never travels whole, some of its channels may: devices with other tokens send their ids, and get back the
+    channels that are here.
     """
     table, division = weight[...], weight.get_metadata().get("division")
     if parallel.current() is None or division is None:
         return jnp.take(table, ids, axis=0)
     rows, channels = division.compute[0], division.storage[1]
     assert not division.storage[0], "rows of a table are divided by compute axes alone"
-    while channels and table.shape[1] < _LEAST_CHANNELS:
+    while len(channels) > 1 and table.shape[1] < _LEAST_CHANNELS:
         table = jax.lax.all_gather(table, channels[-1], axis=1, tiled=True)
         channels = channels[:-1]
     # Senders' axes come first, in the order of `asking`: [n, m, …, B, S].

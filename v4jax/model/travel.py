@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.tpu import round_up
 from v4jax import ops
 from v4jax.sharding import Names
 
@@ -96,7 +95,7 @@ def _split(arrays: tuple[jax.Array, ...], exchange: Exchange) -> tuple[jax.Array
     parts = max(1, -(-tokens * experts.shape[1] * x.shape[1] * x.dtype.itemsize // _BUFFER_BYTES))
     size = -(-tokens // min(parts, tokens))
     if parts > 1 and size > _PART_MULTIPLE:
-        size = round_up(size, _PART_MULTIPLE)
+        size = -(-size // _PART_MULTIPLE) * _PART_MULTIPLE
 
     def cut(array: jax.Array) -> jax.Array:
         fill = exchange.devices * exchange.experts if array is experts else 0
