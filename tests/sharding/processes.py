@@ -32,9 +32,9 @@ def start(
 
 
 def start_verb(
-    verb: str, model: Path, out: Path, *, processes: int, devices: int, **flags: Any
+    verb: str, model: Path, log: Path, *, processes: int, devices: int, **flags: Any
 ) -> list[subprocess.Popen]:
-    """Processes of `devices` virtual devices each; what they print goes to OUT.<process>.log."""
+    """Processes of `devices` virtual devices each; what they print goes to LOG.<process>.log (`output`)."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -46,10 +46,10 @@ def start_verb(
     port, started = free_port(), []
     for process in range(processes):
         group = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process", str(process)]
-        with open(f"{out}.{process}.log", "w") as log:
+        with open(f"{log}.{process}.log", "w") as file:
             started.append(
                 subprocess.Popen(
-                    command + (group if processes > 1 else []), env=environment, stdout=log, stderr=subprocess.STDOUT
+                    command + (group if processes > 1 else []), env=environment, stdout=file, stderr=subprocess.STDOUT
                 )
             )
     return started
