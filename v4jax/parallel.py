@@ -144,9 +144,7 @@ def gathered(module: Any) -> Any:
             return variable
         value: Any = variable.get_value()
         for i, names in enumerate(division.storage):
-            # Axis by axis, the last one first: a gather over several at once is made an all-reduce by the compiler.
-            for name in reversed(names):
-                value = jax.lax.all_gather(value, name, axis=value.ndim - len(division.storage) + i, tiled=True)
+            value = join(value, names, value.ndim - len(division.storage) + i)
         return variable.replace(value, division=None)
 
     return jax.tree.map(whole, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
@@ -165,7 +163,10 @@ def highest(x: jax.Array, names: Names) -> jax.Array:
 
 def join(x: jax.Array, names: Names, axis: int) -> jax.Array:
     """The parts of all devices along these axes, one after another."""
-    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+    # Axis by axis, the last one first: the TPU compiler makes an all-reduce of a gather over several at once.
+    for name in reversed(names):
+        x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
 
 
 def trade(x: jax.Array, names: Names, axis: int) -> jax.Array:

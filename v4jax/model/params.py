@@ -321,7 +321,7 @@ class Embedding(nnx.Module):
 
 
 _LEAST_CHANNELS = 128
-"""Channels that a device brings of each row of a table at least: on TPU fewer take as long to read."""
+"""Channels that a device brings of each row of a large table: on TPU fewer take as long to read."""
 
 
 def embedded(weight: nnx.Variable, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -335,9 +335,11 @@ def embedded(weight: nnx.Variable, ids: Int[Array, "B S"]) -> Float[Array, "B S 
         return jnp.take(table, ids, axis=0)
     rows, channels = division.compute[0], division.storage[1]
     assert not division.storage[0], "rows of a table are divided by compute axes alone"
-    while len(channels) > 1 and table.shape[1] < _LEAST_CHANNELS:
-        table = jax.lax.all_gather(table, channels[-1], axis=1, tiled=True)
-        channels = channels[:-1]
+    for kept in range(len(channels), 0, -1):
+        # The last axes, as few as make enough channels; none where that takes all of them.
+        if table.shape[1] * parallel.device_count(channels[kept:]) >= _LEAST_CHANNELS:
+            table, channels = parallel.join(table, channels[kept:], 1), channels[:kept]
+            break
     # Senders' axes come first, in the order of `asking`: [n, m, …, B, S].
     asking = tuple(name for name in channels if name in parallel.token_axes())
     for name in reversed(asking):
