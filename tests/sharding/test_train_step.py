@@ -22,13 +22,13 @@ REPEATS, VOCABULARY, EXPERTS, WIDTH = 3, 112, 8, 24
 OPTIONS = TrainOptions(steps=20, warmup_steps=0, batch_size=4, sequence_length=64, learning_rate=3e-3, remat=True)
 
 
-def config() -> ModelConfig:
+def config(depth: int = REPEATS) -> ModelConfig:
     return dataclasses.replace(
         CONFIG.without_mtp(),
         vocab_size=VOCABULARY,
-        num_hidden_layers=REPEATS,
-        layer_types=(AttentionKind.CSA,) * REPEATS,
-        mlp_layer_types=(RouterKind.TOPK,) * REPEATS,
+        num_hidden_layers=depth,
+        layer_types=(AttentionKind.CSA,) * depth,
+        mlp_layer_types=(RouterKind.TOPK,) * depth,
         n_routed_experts=EXPERTS,
         moe_intermediate_size=WIDTH,
     )
@@ -50,15 +50,24 @@ def collectives(program: str, kind: str) -> list[Gather]:
     return found
 
 
+def lowered(depth: int = REPEATS) -> Any:
+    """The step on fsdp=2 × expert=2 × tensor=2, before the compiler."""
+    own = config(depth)
+    layout, state, frozen = take_apart(placed(random_model(own, seed=0), "fsdp=2,expert=2,tensor=2", "train"), OPTIONS)
+    step: Any = make_train_step(layout, own, OPTIONS, state)
+    batch = {name: np.ones((4, 64), np.int32) for name in ("tokens", "segment_ids")}
+    return fast_jit(step.__wrapped__).lower(state, frozen, batch)
+
+
 @pytest.fixture(scope="module")
 def program() -> str:
-    """HLO of the step on fsdp=2 × expert=2 × tensor=2."""
-    layout, state, frozen = take_apart(
-        placed(random_model(config(), seed=0), "fsdp=2,expert=2,tensor=2", "train"), OPTIONS
-    )
-    step: Any = make_train_step(layout, config(), OPTIONS, state)
-    batch = {name: np.ones((4, 64), np.int32) for name in ("tokens", "segment_ids")}
-    return fast_jit(step.__wrapped__).lower(state, frozen, batch).compile().as_text()
+    """HLO of the step."""
+    return lowered().compile().as_text()
+
+
+def test_the_program_does_not_grow_with_depth() -> None:
+    lengths = {depth: lowered(depth).as_text().count("\n") for depth in (2, 7)}
+    assert lengths[2] == lengths[7] > 1000
 
 
 def test_the_step_gathers_no_logits_no_vocabulary_matrix_not_all_experts_and_no_segment(program: str) -> None:

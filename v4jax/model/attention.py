@@ -18,7 +18,7 @@ from v4jax.config import LayerSpec, ModelConfig
 from v4jax.model.compressor import Compressor, Entries
 from v4jax.model.indexer import Indexer
 from v4jax.model.inputs import LayerInputs
-from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, rms_scale
+from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, unit_rms
 from v4jax.model.placed_attention import (
     first_place,
     join_entries,
@@ -73,13 +73,11 @@ class Attention(nnx.Module):
         """
         turn = inputs.turn(self.spec.ratio)
         latent = self.q_norm(self.wq_a(x))
-        q = self.wq_b(latent)
+        q = self.wq_b(latent).reshape(*x.shape[:2], -1, self.config.head_dim)
         if cache is None:
             # The widest array of a layer: the compiler would keep the product, and its gradient, in float32.
             q = jax.lax.optimization_barrier(q)
-        q = q.reshape(*x.shape[:2], -1, self.config.head_dim).astype(self.policy.norm)
-        q = (q * rms_scale(q, self.config.rms_norm_eps)).astype(self.policy.compute)
-        q = rotate(q, over_heads(turn))
+        q = rotate(unit_rms(q, self.config.rms_norm_eps, self.policy.norm), over_heads(turn))
         kv = rotate(self.kv_norm(self.wkv(x)), turn)
         if self.policy.quant_sim:
             kv = simulate_kv(kv, self.config.nope_head_dim)

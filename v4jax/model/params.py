@@ -6,6 +6,7 @@ decides optimiser treatment, quantisation and freezing: stacking a segment adds 
 
 import dataclasses
 import enum
+import functools
 import math
 from typing import Any
 
@@ -166,6 +167,23 @@ float32_dot.defvjp(lambda x, weight: (float32_dot(x, weight), (x, weight)), _flo
 def rms_scale(x: jax.Array, eps: float) -> jax.Array:
     """`rsqrt(mean(x²) + eps)` over the last axis, kept as size 1; x is float32."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def unit_rms(x: Float[Array, "*T H"], eps: float, dtype: DTypeLike) -> Float[Array, "*T H"]:
+    """`x · rms_scale(x)` computed in `dtype`, returned in that of x; the gradient keeps nothing but x."""
+    wide = x.astype(dtype)
+    return (wide * rms_scale(wide, eps)).astype(x.dtype)
+
+
+def _unit_rms_backward(eps: float, dtype: DTypeLike, x: jax.Array, d_out: jax.Array) -> tuple[jax.Array]:
+    wide, d_out = x.astype(dtype), d_out.astype(dtype)
+    scale = rms_scale(wide, eps)
+    along = jnp.mean(d_out * wide, axis=-1, keepdims=True) * jnp.square(scale)
+    return (((d_out - wide * along) * scale).astype(x.dtype),)
+
+
+unit_rms.defvjp(lambda x, eps, dtype: (unit_rms(x, eps, dtype), x), _unit_rms_backward)
 
 
 FEW_ROWS = 64

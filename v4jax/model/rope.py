@@ -70,13 +70,14 @@ def rotate(x: Float[Array, "*T H"], turn: Rotation) -> Float[Array, "*T H"]:
     `turn` broadcasts against x's leading axes: insert an axis for heads where x has one. No gradient goes to it.
     """
     size = turn.cos.shape[-1]
-    nope, rope = x[..., :-size], x[..., -size:]
+    rope = x[..., -size:]
     # The other channel of each pair, by an exact product with a permutation: strided access is slow everywhere.
     swap = np.kron(np.eye(size // 2, dtype=np.float32), np.array([[0, 1], [1, 0]], np.float32))
     other = jnp.matmul(
         rope, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
-    return jnp.concatenate([nope, (rope.astype(jnp.float32) * turn.cos + other * turn.sin).astype(x.dtype)], axis=-1)
+    turned = (rope.astype(jnp.float32) * turn.cos + other * turn.sin).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x, turned, x.shape[-1] - size, axis=-1)
 
 
 def _rotate_backward(turn: Rotation, d_out: jax.Array) -> tuple[jax.Array, None]:

@@ -154,7 +154,7 @@ def _run_unit(
         call = functools.partial(_run_layer, record=record)
         if remat:
             keep = jax.checkpoint_policies.save_only_these_names(SELECTION)
-            call = jax.checkpoint(call, prevent_cse=False, policy=keep)
+            call = jax.checkpoint(call, policy=keep)
         residual, cache, metric = call(layer, residual, inputs, cache, None if replay is None else replay[i])
         after.append(cache)
         metrics.append(metric)
