@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from v4jax import ops, parallel
@@ -27,11 +26,9 @@ from v4jax.model.placed_attention import (
     own_selection,
     put_entries,
 )
+from v4jax.model.recomputation import kept
 from v4jax.model.rope import over_heads, rotate
 from v4jax.quant import simulate_kv
-
-SELECTION = "selection"
-"""The name of a whole pass's selected entries among what recomputation may keep."""
 
 
 class Attention(nnx.Module):
@@ -72,13 +69,13 @@ class Attention(nnx.Module):
           selection: entries to attend to instead of the indexer's (replay).
         """
         turn = inputs.turn(self.spec.ratio)
-        latent = self.q_norm(self.wq_a(x))
+        latent = self.q_norm(kept(self.wq_a(x)))
         q = self.wq_b(latent).reshape(*x.shape[:2], -1, self.config.head_dim)
         if cache is None:
             # The widest array of a layer: the compiler would keep the product, and its gradient, in float32.
             q = jax.lax.optimization_barrier(q)
         q = rotate(unit_rms(q, self.config.rms_norm_eps, self.policy.norm), over_heads(turn))
-        kv = rotate(self.kv_norm(self.wkv(x)), turn)
+        kv = rotate(self.kv_norm(kept(self.wkv(x))), turn)
         if self.policy.quant_sim:
             kv = simulate_kv(kv, self.config.nope_head_dim)
         parts = (x, latent, q, kv, inputs)
@@ -87,7 +84,7 @@ class Attention(nnx.Module):
         else:
             advance = self._step if inputs.is_step else self._extend
             out, cache, selection = advance(*parts, cache, selection)
-        return self._project_out(rotate(out, over_heads(turn.inverse))), cache, selection
+        return kept(self._project_out(rotate(out, over_heads(turn.inverse)))), cache, selection
 
     def _project_out(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Each group of heads through its own matrix, then all groups together."""
@@ -151,8 +148,7 @@ class Attention(nnx.Module):
         entries = self.compressor(x, inputs) if 0 < self.spec.ratio <= x.shape[1] else None
         if selection is None and entries is not None and self._has_selection(entries.values.shape[1]):
             keys = self.indexer.compressor(jax.lax.stop_gradient(x), inputs).values
-            # Without a gradient, and dear: a layer that is recomputed for its backward pass does not choose again.
-            selection = checkpoint_name(self._select(x, latent, inputs, entries, keys), SELECTION)
+            selection = kept(self._select(x, latent, inputs, entries, keys))
         keys = jnp.concatenate([parallel.rows_before(kv, window), kv], axis=1)
         key_segment = jnp.concatenate([parallel.rows_before(inputs.segments, window, -1), inputs.segments], axis=1)
         return self._over_entries(q, keys, key_segment, inputs, entries, selection), selection

@@ -27,6 +27,7 @@ from v4jax.model.params import (
     declare_fp8,
     float32_dot,
 )
+from v4jax.model.recomputation import kept
 from v4jax.quant import PackedCodes, PackedScales
 
 
@@ -75,7 +76,7 @@ class Gate(nnx.Module):
         self, x: Float[Array, "B S D"], inputs: LayerInputs, experts: Int[Array, "B S K"] | None = None
     ) -> Routing:
         """Routes each token. `experts` replaces the choice, not the weights (replay)."""
-        scores = sqrt_softplus(float32_dot(x, self.weight[...]))
+        scores = sqrt_softplus(kept(float32_dot(x, self.weight[...])))
         experts = self._choose(scores, inputs) if experts is None else experts
         # Sums over all experts instead of a gather, whose gradient would be a scatter, and that a sort on TPU.
         is_chosen = experts[..., None] == jnp.arange(scores.shape[-1])

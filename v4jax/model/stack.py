@@ -17,10 +17,10 @@ from v4jax import parallel
 from v4jax.cache import LayerCache, layer_view, put_layer
 from v4jax.config import LayerSpec, ModelConfig, SegmentSpec, layer_plan, plan_segments
 from v4jax.dtypes import DTypePolicy
-from v4jax.model.attention import SELECTION
 from v4jax.model.inputs import Choices, LayerInputs
 from v4jax.model.layer import DecoderLayer, LayerMetrics, Residual
 from v4jax.model.params import FEW_ROWS, Declare, in_tiles
+from v4jax.model.recomputation import recomputed
 from v4jax.sharding import variables
 
 UnitCaches = tuple[LayerCache, ...]
@@ -147,14 +147,13 @@ def _run_unit(
     record: bool,
     remat: bool,
 ) -> tuple[Residual, UnitCaches | None, list[LayerMetrics]]:
-    """The layers of one unit in turn; with `remat` each is recomputed in the backward pass, but for its selection."""
+    """The layers of one unit in turn; with `remat` each is recomputed in the backward pass."""
     after, metrics = [], []
     for i, layer in enumerate(layers):
         cache = None if caches is None else caches[i]
         call = functools.partial(_run_layer, record=record)
         if remat:
-            keep = jax.checkpoint_policies.save_only_these_names(SELECTION)
-            call = jax.checkpoint(call, policy=keep)
+            call = recomputed(call)
         residual, cache, metric = call(layer, residual, inputs, cache, None if replay is None else replay[i])
         after.append(cache)
         metrics.append(metric)
