@@ -26,11 +26,10 @@ CASES = {
     "flash-prefill-1m-v6e": "flash --topology v6e:8x8 --step prefill --context 1048576 --batch 1 --chunk 8192",
     "pro-decode-8k-b64-tpu7x": "pro --topology tpu7x:2x2x2 --step decode --context 8192 --batch 64",
     "pro-decode-8k-b64-v5p": "pro --topology v5p:4x4x4 --step decode --context 8192 --batch 64",
-    "flash-train-16k-v5p": (
-        "flash --topology v5p:8x8x8 --step train --context 16384 --batch 512 --mesh fsdp=16,expert=32"
-    ),
+    "flash-train-16k-v5p": "flash --topology v5p:8x8x8 --step train --context 16384 --batch 512",
+    "flash-train-128k-v5p": "flash --topology v5p:8x8x8 --step train --context 131072 --batch 64",
     "pro-train-16k-v5p": "pro --topology v5p:8x16x16 --step train --context 16384 --batch 1024",
-    "pro-train-16k-tpu7x": "pro --topology tpu7x:8x8x8 --step train --context 16384 --batch 512",
+    "pro-train-16k-tpu7x": "pro --topology tpu7x:8x8x8 --step train --context 16384 --batch 256",
 }
 
 

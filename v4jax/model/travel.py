@@ -18,7 +18,7 @@ import numpy as np
 from v4jax import ops
 from v4jax.sharding import Names
 
-_BUFFER_BYTES = 512 << 20
+BUFFER_BYTES = 512 << 20
 """Of rows that one device sends at a time; longer runs of tokens go in several parts."""
 _PART_MULTIPLE = 128
 """Tokens of a part: odd sizes are copied from one layout into another, which is slow to compile too."""
@@ -92,7 +92,7 @@ def _split(arrays: tuple[jax.Array, ...], exchange: Exchange) -> tuple[jax.Array
     """Tokens in as few equal parts as keep their rows within bounds; what fills up the last one names no expert."""
     x, experts = arrays[:2]
     tokens = x.shape[0]
-    parts = max(1, -(-tokens * experts.shape[1] * x.shape[1] * x.dtype.itemsize // _BUFFER_BYTES))
+    parts = max(1, -(-tokens * experts.shape[1] * x.shape[1] * x.dtype.itemsize // BUFFER_BYTES))
     size = -(-tokens // min(parts, tokens))
     if parts > 1 and size > _PART_MULTIPLE:
         size = -(-size // _PART_MULTIPLE) * _PART_MULTIPLE

@@ -22,6 +22,7 @@ from v4jax.dtypes import DTypePolicy
 from v4jax.model.params import Role
 from v4jax.model.tensors import named_variables
 from v4jax.model.transformer import Transformer
+from v4jax.plan.activations import training_bytes
 from v4jax.plan.request import Request
 from v4jax.plan.topology import Chip
 from v4jax.sharding import AXES, Placement, cache_specs, divide, entry_multiple
@@ -298,15 +299,13 @@ class _Work:
         return weights, optimizer
 
     def activation_bytes(self) -> int:
-        """Streams kept per layer for the backward pass, gradients, and a layer's widest intermediates."""
+        """A layer's widest intermediates; in training `activations.training_bytes`."""
+        if self.is_training:
+            return training_bytes(self.request, self.placement, self.tokens, self.variables, self.divisions)
         config = self.config
         streams = self.tokens * config.hc_mult * config.hidden_size * _COMPUTE
         heads = self.tokens * config.num_attention_heads * config.head_dim / self.placement.sizes["tensor"]
-        live = 4 * streams + heads * (_COMPUTE + _FLOAT32) + WORKSPACE
-        if not self.is_training:
-            return int(live)
-        gradients = self.parameter_bytes()[1] / 2
-        return int(config.num_hidden_layers * streams + 3 * live + gradients)
+        return int(4 * streams + heads * (_COMPUTE + _FLOAT32) + WORKSPACE)
 
     def device_flops(self) -> float:
         """Model FLOPs of one device: whole-model FLOPs by part, each over the axes that divide it."""
