@@ -97,7 +97,7 @@ def test_rows_that_do_not_fill_their_shards(monkeypatch: pytest.MonkeyPatch) -> 
     # 117 tokens on four shards, which the exchange takes in several rounds.
     assert -(-117 // 64) * 64 * ROWS * CONFIG.hidden_size * 4 > 4 * 4096
     monkeypatch.setattr(exchange, "GATHER_TOKENS", 0)
-    monkeypatch.setattr(travel, "_BUFFER_BYTES", 4096)
+    monkeypatch.setattr(travel, "BUFFER_BYTES", 4096)
     model = tiny_model()
     tokens = TOKENS[:, :117]
     got = placed(model, "expert=2,sequence=4", "train")(tokens)

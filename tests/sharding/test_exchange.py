@@ -91,7 +91,7 @@ def test_every_form_equals_all_experts_on_one_device(form: str, kind: str, monke
     if form in ("dense", "rounds", "ragged"):
         monkeypatch.setattr(exchange, "GATHER_TOKENS", 0)
     if form == "rounds":
-        monkeypatch.setattr(travel, "_BUFFER_BYTES", CHOICES * HIDDEN * 4 * 6)  # six of 16 tokens at a time
+        monkeypatch.setattr(travel, "BUFFER_BYTES", CHOICES * HIDDEN * 4 * 6)  # six of 16 tokens at a time
     if form == "ragged":
         monkeypatch.setattr(Placement, "has_ragged_exchange", True)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
