@@ -1,6 +1,7 @@
 """Grouped products of many rows, interpreted as a TPU would run them, against every expert over every token."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ import pytest
 import tolerances
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.aot import compile_for
 from kernels_pallas.grouped_experts import grouped_experts, pallas
 from kernels_pallas.grouped_experts.stacks import ExpertStack
+from kernels_pallas.tpu import chip_named
+from v4jax.config import ModelConfig
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 LIMIT, EXPERTS, HIDDEN, WIDTH = 1.0, 3, 256, 128
@@ -71,3 +75,21 @@ def test_what_the_products_do_not_take_runs_in_loops(change: str | None) -> None
         stacks = [ExpertStack(stack.values[None], None, jnp.int32(0)) for stack in stacks]
     call = functools.partial(pallas.grouped_experts, limit=LIMIT)
     assert ("pallas_call" in str(jax.make_jaxpr(call)(x, *stacks, experts, weights))) == (change is None)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("preset", ["flash", "pro"])
+def test_products_of_the_released_widths_fit_the_smallest_vmem(preset: str) -> None:
+    config = getattr(ModelConfig, preset)()
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    shapes = (EXPERTS, width, hidden), (EXPERTS, width, hidden), (EXPERTS, hidden, width)
+    x, *matrices = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, hidden), *shapes))
+    experts, weights = (jax.ShapeDtypeStruct((1024, 6), dtype) for dtype in (jnp.int32, jnp.float32))
+
+    def objective(x, matrices, experts, weights):
+        w1, w3, w2 = map(ExpertStack, matrices)
+        return jnp.sum(pallas.grouped_experts(x, w1, w3, w2, experts, weights, limit=LIMIT))
+
+    compiled = compile_for(chip_named("v5p"), jax.grad(objective, argnums=(0, 1)), (x, matrices, experts, weights))
+    assert compiled.as_text().count("tpu_custom_call") >= 8, "five products with rows, three over rows"

@@ -1,6 +1,8 @@
 """The formulas against counts that stand elsewhere: parameters, cache, FLOPs per token (architecture.md §17)."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from v4jax.plan.topology import parse_topology
 from v4jax.sharding import parse_mesh
 
 MIB = 1 << 20
+PLANS = Path(__file__).resolve().parents[2] / "docs" / "plans"
 
 
 def request(model="flash", topology="v6e:4x4", mesh="expert=16", **changes):
@@ -98,3 +101,13 @@ def test_meshes_are_all_divisions_ranked_by_fit_and_time():
     assert all(one.fits == (one.estimate.total_bytes <= limit) for one in found)
     # In bfloat16 the model is too large for this slice, however it is divided.
     assert not any(one.fits for one in candidates(request(weights="bf16")))
+
+
+@pytest.mark.parametrize("file", sorted(PLANS.glob("*-train-*.json")), ids=lambda file: file.stem)
+def test_memory_of_a_training_step_is_about_what_its_program_takes_and_hardly_less(file):
+    """Against the compiled steps of docs/plans: the formula chooses meshes before anything is compiled."""
+    facts = json.loads(file.read_text())
+    mesh = ",".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
+    step = dict(step="train", context=facts["context"], batch=facts["batch"])
+    own = request(facts["model"], facts["topology"], mesh, **step)
+    assert 0.95 * facts["peak_bytes_per_device"] < estimate(own).total_bytes < 1.35 * facts["peak_bytes_per_device"]
