@@ -77,7 +77,7 @@ class Gate(nnx.Module):
     ) -> Routing:
         """Routes each token. `experts` replaces the choice, not the weights (replay)."""
         scores = sqrt_softplus(kept(float32_dot(x, self.weight[...])))
-        experts = self._choose(scores, inputs) if experts is None else experts
+        experts = kept(self._choose(scores, inputs)) if experts is None else experts
         # Sums over all experts instead of a gather, whose gradient would be a scatter, and that a sort on TPU.
         is_chosen = experts[..., None] == jnp.arange(scores.shape[-1])
         chosen = jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0.0), axis=-1)

@@ -23,7 +23,8 @@ def _compile(request: Request, hlo: Path | None) -> Compiled | Failure:
     lowered = lower(request, program)
     traced = time.process_time()
     try:
-        compiled = lowered.compile(compiler_options("tpu", chip=chip_named(request.topology.chip.name)))
+        chip = chip_named(request.topology.chip.name)
+        compiled = lowered.compile(compiler_options("tpu", chip=chip, is_training=request.step == "train"))
     except Exception as error:  # the compiler's own exception types differ between versions
         text = str(error)
         if isinstance(error, UserError):

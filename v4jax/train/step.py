@@ -242,9 +242,9 @@ def make_train_step(
         return TrainState(state.step + 1, parameters, biases, optimizer_state), metrics
 
     if shardings is None:
-        return jit(step, donate_argnums=0)
+        return jit(step, is_training=True, donate_argnums=0)
     everywhere = NamedSharding(shardings.step.mesh, PartitionSpec())
-    return jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    return jit(step, is_training=True, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
 def _mask(batch: Batch, ahead: int) -> Array:
