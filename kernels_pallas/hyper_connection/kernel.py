@@ -32,7 +32,7 @@ from kernels_pallas.hyper_connection.layout import (
     whole_block,
 )
 from kernels_pallas.hyper_connection.mixing import split_bf16
-from kernels_pallas.hyper_connection.sums import ROWS, dot, sum_of
+from kernels_pallas.hyper_connection.sums import ROWS, dot, pack, sum_of, unpack
 from kernels_pallas.tpu import LANES, array_bytes, compiler_params, current_chip, round_up, sublanes
 
 
@@ -64,19 +64,6 @@ def first_round(logits: list[list[jax.Array]], eps: float) -> list[list[jax.Arra
         factor = 1.0 / sum(exponentials)
         matrix.append([c * factor + eps for c in exponentials])
     return normalise_columns(matrix, eps)
-
-
-def pack(row: jax.Array) -> jax.Array:
-    """[1, tokens] → [tokens / 128, 128]: one register instead of several of one row each."""
-    size = row.shape[1]
-    if size % LANES or size == LANES:
-        return row
-    return jnp.concatenate([row[:, i : i + LANES] for i in range(0, size, LANES)], axis=0)
-
-
-def unpack(rows: jax.Array) -> jax.Array:
-    """The inverse of `pack`."""
-    return jnp.concatenate([rows[i : i + 1] for i in range(rows.shape[0])], axis=1)
 
 
 def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
