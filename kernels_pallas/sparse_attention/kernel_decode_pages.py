@@ -2,7 +2,8 @@
 
 Grid: (sequences, pages). A step adds one page to the running softmax in VMEM; the window comes with the first. Pages
 beyond a sequence's last one name the next sequence's first page, so that the pipeline fetches that early and nothing
-twice; their steps do nothing else. Without entries a step takes a group of sequences instead, to share its overhead.
+twice; their steps do nothing else. Without entries, or where one page holds them all, a step takes a group of sequences
+instead: they share its overhead, and none waits for its own products and maxima.
 
 In VMEM: two pages (the pipeline's buffers), window, queries, running sums. Each entry crosses HBM once for all heads.
 """
@@ -104,6 +105,61 @@ def _kernel(
         write_outputs(outputs, 0, sums[...], top[...], total[...])
 
 
+def _whole_tiles(size: int) -> int:
+    """Entries of a page in whole tiles of a 256 wide matrix unit; the rest shares a tile with the window."""
+    return size // (2 * LANES) * (2 * LANES)
+
+
+def _one_page_kernel(layer, ring_count, entry_count, q, ring, sink, entries, *rest, scale: float, is_partial: bool):
+    """A group of sequences where one page holds all entries: one softmax over window and page, without conditions.
+
+    Blocks: as `_window_kernel`, entries [1, G, page, H]; scratch: [G, K, H] for the window and what is no whole tile of
+    the page, weights [G, N, page + K], maxima, totals.
+    """
+    del layer
+    outputs, (tail, weights, top, total) = rest[:-4], rest[-4:]
+    size, window = entries.shape[2], ring.shape[2]
+    whole, first = _whole_tiles(size), pl.program_id(0) * q.shape[0]
+
+    @pl.when(first == 0)
+    def _():
+        tail[...] = jnp.zeros_like(tail)
+
+    for row in range(q.shape[0]):
+        count = entry_count[first + row]
+        if whole:
+
+            @pl.when(count < whole)
+            def _(row=row, count=count):
+                entries[0, row, :whole] = clear_from(entries[0, row, :whole], count)
+
+    @in_one_block
+    def _():
+        before = (None, None)
+        if not is_partial:
+            sinks = _sinks(sink)
+            before = (sinks, jnp.ones(sinks.shape, jnp.float32))
+        for row in range(q.shape[0]):
+            count, near = entry_count[first + row], ring_count[first + row]
+            tail[row, :window] = clear_from(ring[0, row], near)
+            if size > whole:
+                tail[row, window : window + size - whole] = clear_from(entries[0, row, whole:], count - whole)
+            slot = jax.lax.broadcasted_iota(jnp.int32, (1, tail.shape[1]), 1)
+            is_seen = (slot < jnp.minimum(near, window)) | ((slot >= window) & (slot - window < count - whole))
+            scores = [jnp.where(is_seen, dot(q[row], tail[row], ((1,), (1,))), -jnp.inf)]
+            if whole:
+                scores.insert(0, _scores(q[row], entries[0, row, :whole], count))
+            softmax = Softmax.of(scores, scale, *before)
+            weights[row] = jnp.concatenate([w.astype(weights.dtype) for w in softmax.weights], axis=1)
+            top[row], total[row] = softmax.top, softmax.total
+
+    for row in range(q.shape[0]):
+        sums = dot(weights[row, :, whole:], tail[row], ((1,), (0,)))
+        if whole:
+            sums = sums + dot(weights[row, :, :whole], entries[0, row, :whole], ((1,), (0,)))
+        write_outputs(outputs, row, sums, top[row], total[row])
+
+
 def attend_pages(
     layer: jax.Array, ring_count: jax.Array, entry_count: jax.Array, q: jax.Array, ring: jax.Array, sink: jax.Array,
     entries: jax.Array | None, *, scale: float, is_partial: bool, chip: Chip, block_sizes: DecodeBlockSizes,
@@ -119,8 +175,8 @@ def attend_pages(
     batch, heads, dim = q.shape
     window = ring.shape[2]
     size = 0 if entries is None else entries.shape[2]
-    group = 1 if size else min(block_sizes.sequences, batch)
     pages = cdiv(size, block_sizes.page) if size else 1
+    group = 1 if pages > 1 else min(block_sizes.paged_sequences if size else block_sizes.sequences, batch)
     page = round_up(cdiv(size, pages), 16)
     lacking = [(0, round_up(batch, group) - batch)]
     ring_count, entry_count = jnp.pad(ring_count, lacking), jnp.pad(entry_count, lacking)
@@ -130,17 +186,25 @@ def attend_pages(
     if not size:
         kernel, name = _window_kernel, "window"
         scratch = [((group, heads, window), ring.dtype), *[((group, heads, LANES), jnp.float32)] * 2]
+    elif pages == 1:
+        kernel, whole = _one_page_kernel, _whole_tiles(page)
+        rest = round_up(window + page - whole, LANES)
+        scratch = [((group, rest, dim), ring.dtype), ((group, heads, whole + rest), ring.dtype)]
+        scratch += [((group, heads, LANES), jnp.float32)] * 2
     blocks = [((group, heads, dim), q.dtype), ((group, window, dim), ring.dtype), ((1, heads), jnp.float32)]
-    blocks += [((page, dim), ring.dtype)] if size else []
+    blocks += [((group, page, dim), ring.dtype)] if size else []
     blocks += [((group, *x.shape[1:]), x.dtype) for x in outputs]
     needed = 2 * sum(tile_bytes(*b) for b in blocks) + sum(tile_bytes(*b) for b in scratch)
-    needed += tile_bytes((heads, max(page, group * window)), jnp.float32) * 3  # scores and weights, where they spill
+    columns = page + window if size else group * window
+    needed += tile_bytes((heads, columns), jnp.float32) * 3  # scores and weights, where they spill
     check_vmem(
         f"sparse_attention_decode of {heads} heads × {dim}, window {window}, pages of {page} entries", needed, chip,
         "give smaller block_sizes, or shard the heads over more devices",
     )  # fmt: skip
 
     def place(b, p, layer, _, entry_count):
+        if pages == 1:
+            return layer[0], b, 0, 0
         is_seen = p * page < entry_count[b]
         # The last sequence has no successor: it repeats a page.
         following = jnp.minimum(b + 1, batch - 1)
@@ -152,7 +216,7 @@ def attend_pages(
         pl.BlockSpec((1, heads), lambda b, *_: (0, 0)),
     ]
     if size:
-        in_specs.append(pl.BlockSpec((1, 1, page, dim), place))
+        in_specs.append(pl.BlockSpec((1, group, page, dim), place))
     keys = window + size
     return pl.pallas_call(
         functools.partial(kernel, scale=scale, is_partial=is_partial),
