@@ -110,15 +110,18 @@ def _whole_tiles(size: int) -> int:
     return size // (2 * LANES) * (2 * LANES)
 
 
-def _one_page_kernel(layer, ring_count, entry_count, q, ring, sink, entries, *rest, scale: float, is_partial: bool):
+def _one_page_kernel(
+    layer, ring_count, entry_count, q, ring, sink, *rest, copies: int, scale: float, is_partial: bool
+):  # fmt: skip
     """A group of sequences where one page holds all entries: one softmax over window and page, without conditions.
 
-    Blocks: as `_window_kernel`, entries [1, G, page, H]; scratch: [G, K, H] for the window and what is no whole tile of
-    the page, weights [G, N, page + K], maxima, totals.
+    Blocks: as `_window_kernel`, copies × entries [1, G / copies, page, H]; scratch: [G, K, H] for the window and what
+    is no whole tile of the page, weights [G, N, page + K], maxima, totals.
     """
     del layer
-    outputs, (tail, weights, top, total) = rest[:-4], rest[-4:]
-    size, window = entries.shape[2], ring.shape[2]
+    pages, outputs, (tail, weights, top, total) = rest[:copies], rest[copies:-4], rest[-4:]
+    entries = [part.at[0, row] for part in pages for row in range(part.shape[1])]
+    size, window = entries[0].shape[0], ring.shape[2]
     whole, first = _whole_tiles(size), pl.program_id(0) * q.shape[0]
 
     @pl.when(first == 0)
@@ -131,7 +134,7 @@ def _one_page_kernel(layer, ring_count, entry_count, q, ring, sink, entries, *re
 
             @pl.when(count < whole)
             def _(row=row, count=count):
-                entries[0, row, :whole] = clear_from(entries[0, row, :whole], count)
+                entries[row][:whole] = clear_from(entries[row][:whole], count)
 
     @in_one_block
     def _():
@@ -143,12 +146,12 @@ def _one_page_kernel(layer, ring_count, entry_count, q, ring, sink, entries, *re
             count, near = entry_count[first + row], ring_count[first + row]
             tail[row, :window] = clear_from(ring[0, row], near)
             if size > whole:
-                tail[row, window : window + size - whole] = clear_from(entries[0, row, whole:], count - whole)
+                tail[row, window : window + size - whole] = clear_from(entries[row][whole:], count - whole)
             slot = jax.lax.broadcasted_iota(jnp.int32, (1, tail.shape[1]), 1)
             is_seen = (slot < jnp.minimum(near, window)) | ((slot >= window) & (slot - window < count - whole))
             scores = [jnp.where(is_seen, dot(q[row], tail[row], ((1,), (1,))), -jnp.inf)]
             if whole:
-                scores.insert(0, _scores(q[row], entries[0, row, :whole], count))
+                scores.insert(0, _scores(q[row], entries[row][:whole], count))
             softmax = Softmax.of(scores, scale, *before)
             weights[row] = jnp.concatenate([w.astype(weights.dtype) for w in softmax.weights], axis=1)
             top[row], total[row] = softmax.top, softmax.total
@@ -156,7 +159,7 @@ def _one_page_kernel(layer, ring_count, entry_count, q, ring, sink, entries, *re
     for row in range(q.shape[0]):
         sums = dot(weights[row, :, whole:], tail[row], ((1,), (0,)))
         if whole:
-            sums = sums + dot(weights[row, :, :whole], entries[0, row, :whole], ((1,), (0,)))
+            sums = sums + dot(weights[row, :, :whole], entries[row][:whole], ((1,), (0,)))
         write_outputs(outputs, row, sums, top[row], total[row])
 
 
@@ -175,7 +178,7 @@ def attend_pages(
     batch, heads, dim = q.shape
     window = ring.shape[2]
     size = 0 if entries is None else entries.shape[2]
-    pages = cdiv(size, block_sizes.page) if size else 1
+    pages, copies = cdiv(size, block_sizes.page) if size else 1, 1
     group = 1 if pages > 1 else min(block_sizes.paged_sequences if size else block_sizes.sequences, batch)
     page = round_up(cdiv(size, pages), 16)
     lacking = [(0, round_up(batch, group) - batch)]
@@ -187,7 +190,8 @@ def attend_pages(
         kernel, name = _window_kernel, "window"
         scratch = [((group, heads, window), ring.dtype), *[((group, heads, LANES), jnp.float32)] * 2]
     elif pages == 1:
-        kernel, whole = _one_page_kernel, _whole_tiles(page)
+        copies = 2 if group % 2 == 0 else 1  # on the way at a time: one alone does not use the whole bandwidth
+        kernel, whole = functools.partial(_one_page_kernel, copies=copies), _whole_tiles(page)
         rest = round_up(window + page - whole, LANES)
         scratch = [((group, rest, dim), ring.dtype), ((group, heads, whole + rest), ring.dtype)]
         scratch += [((group, heads, LANES), jnp.float32)] * 2
@@ -202,9 +206,9 @@ def attend_pages(
         "give smaller block_sizes, or shard the heads over more devices",
     )  # fmt: skip
 
-    def place(b, p, layer, _, entry_count):
-        if pages == 1:
-            return layer[0], b, 0, 0
+    def place(b, p, layer, _, entry_count, part: int = 0):
+        if pages == 1:  # a group may lack sequences
+            return layer[0], jnp.minimum(b * copies + part, cdiv(batch * copies, group) - 1), 0, 0
         is_seen = p * page < entry_count[b]
         # The last sequence has no successor: it repeats a page.
         following = jnp.minimum(b + 1, batch - 1)
@@ -216,7 +220,8 @@ def attend_pages(
         pl.BlockSpec((1, heads), lambda b, *_: (0, 0)),
     ]
     if size:
-        in_specs.append(pl.BlockSpec((1, group, page, dim), place))
+        block = (1, group // copies, page, dim)
+        in_specs += [pl.BlockSpec(block, functools.partial(place, part=part)) for part in range(copies)]
     keys = window + size
     return pl.pallas_call(
         functools.partial(kernel, scale=scale, is_partial=is_partial),
@@ -235,4 +240,4 @@ def attend_pages(
             bytes_accessed=batch * dim * (keys * ring.dtype.itemsize + 2 * heads * q.dtype.itemsize),
         ),
         name=f"sparse_attention_decode_{name}",
-    )(layer, ring_count, entry_count, q, ring, sink[None], *([entries] if size else []))
+    )(layer, ring_count, entry_count, q, ring, sink[None], *([entries] * copies if size else []))
