@@ -116,10 +116,10 @@ def _one_page_kernel(
     """A group of sequences where one page holds all entries: one softmax over window and page, without conditions.
 
     Blocks: as `_window_kernel`, copies × entries [1, G / copies, page, H]; scratch: [G, K, H] for the window and what
-    is no whole tile of the page, weights [G, N, page + K], maxima, totals.
+    is no whole tile of the page. Scores, softmaxes and values of the group are each asked for together.
     """
     del layer
-    pages, outputs, (tail, weights, top, total) = rest[:copies], rest[copies:-4], rest[-4:]
+    pages, outputs, tail = rest[:copies], rest[copies:-1], rest[-1]
     entries = [part.at[0, row] for part in pages for row in range(part.shape[1])]
     size, window = entries[0].shape[0], ring.shape[2]
     whole, first = _whole_tiles(size), pl.program_id(0) * q.shape[0]
@@ -136,31 +136,28 @@ def _one_page_kernel(
             def _(row=row, count=count):
                 entries[row][:whole] = clear_from(entries[row][:whole], count)
 
-    @in_one_block
-    def _():
-        before = (None, None)
-        if not is_partial:
-            sinks = _sinks(sink)
-            before = (sinks, jnp.ones(sinks.shape, jnp.float32))
-        for row in range(q.shape[0]):
-            count, near = entry_count[first + row], ring_count[first + row]
-            tail[row, :window] = clear_from(ring[0, row], near)
-            if size > whole:
-                tail[row, window : window + size - whole] = clear_from(entries[row][whole:], count - whole)
-            slot = jax.lax.broadcasted_iota(jnp.int32, (1, tail.shape[1]), 1)
-            is_seen = (slot < jnp.minimum(near, window)) | ((slot >= window) & (slot - window < count - whole))
-            scores = [jnp.where(is_seen, dot(q[row], tail[row], ((1,), (1,))), -jnp.inf)]
-            if whole:
-                scores.insert(0, _scores(q[row], entries[row][:whole], count))
-            softmax = Softmax.of(scores, scale, *before)
-            weights[row] = jnp.concatenate([w.astype(weights.dtype) for w in softmax.weights], axis=1)
-            top[row], total[row] = softmax.top, softmax.total
+    before = (None, None)
+    if not is_partial:
+        sinks = _sinks(sink)
+        before = (sinks, jnp.ones(sinks.shape, jnp.float32))
 
-    for row in range(q.shape[0]):
-        sums = dot(weights[row, :, whole:], tail[row], ((1,), (0,)))
+    def scores(row):
+        count, near = entry_count[first + row], ring_count[first + row]
+        tail[row, :window] = clear_from(ring[0, row], near)
+        if size > whole:
+            tail[row, window : window + size - whole] = clear_from(entries[row][whole:], count - whole)
+        slot = jax.lax.broadcasted_iota(jnp.int32, (1, tail.shape[1]), 1)
+        is_seen = (slot < jnp.minimum(near, window)) | ((slot >= window) & (slot - window < count - whole))
+        found = [jnp.where(is_seen, dot(q[row], tail[row], ((1,), (1,))), -jnp.inf)]
+        return found + ([_scores(q[row], entries[row][:whole], count)] if whole else [])
+
+    softmaxes = [Softmax.of(found, scale, *before) for found in [scores(row) for row in range(q.shape[0])]]
+    for row, softmax in enumerate(softmaxes):
+        weights = [w.astype(tail.dtype) for w in softmax.weights]
+        sums = dot(weights[0], tail[row], ((1,), (0,)))
         if whole:
-            sums = sums + dot(weights[row, :, :whole], entries[row][:whole], ((1,), (0,)))
-        write_outputs(outputs, row, sums, top[row], total[row])
+            sums = sums + dot(weights[1], entries[row][:whole], ((1,), (0,)))
+        write_outputs(outputs, row, sums, softmax.top, softmax.total)
 
 
 def attend_pages(
@@ -192,14 +189,12 @@ def attend_pages(
     elif pages == 1:
         copies = 2 if group % 2 == 0 else 1  # on the way at a time: one alone does not use the whole bandwidth
         kernel, whole = functools.partial(_one_page_kernel, copies=copies), _whole_tiles(page)
-        rest = round_up(window + page - whole, LANES)
-        scratch = [((group, rest, dim), ring.dtype), ((group, heads, whole + rest), ring.dtype)]
-        scratch += [((group, heads, LANES), jnp.float32)] * 2
+        scratch = [((group, round_up(window + page - whole, LANES), dim), ring.dtype)]
     blocks = [((group, heads, dim), q.dtype), ((group, window, dim), ring.dtype), ((1, heads), jnp.float32)]
     blocks += [((group, page, dim), ring.dtype)] if size else []
     blocks += [((group, *x.shape[1:]), x.dtype) for x in outputs]
     needed = 2 * sum(tile_bytes(*b) for b in blocks) + sum(tile_bytes(*b) for b in scratch)
-    columns = page + window if size else group * window
+    columns = page if pages > 1 else group * (window + (page if size else 0))
     needed += tile_bytes((heads, columns), jnp.float32) * 3  # scores and weights, where they spill
     check_vmem(
         f"sparse_attention_decode of {heads} heads × {dim}, window {window}, pages of {page} entries", needed, chip,
