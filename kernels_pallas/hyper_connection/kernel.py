@@ -158,8 +158,8 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
         logits = [[pack(row(2 * count + count * j + k)) for k in range(count)] for j in range(count)]
         matrix = first_round(logits, spec.eps)
 
-    def collapse(rounds: int, t: jax.Array, matrix: list[list[jax.Array]]) -> list[list[jax.Array]]:
-        at = pl.ds(pl.multiple_of(t * step, step), step)
+    def collapse(rounds: int, first: int, t: jax.Array, matrix: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        at = pl.ds(pl.multiple_of((first + t) * step, step), step)
         weights = [pre_ref[i, at] for i in range(count)]
         for _ in range(rounds):
             matrix = sinkhorn_round(matrix, spec.eps)
@@ -177,8 +177,8 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
     # The rounds are one long dependent chain: they run beside the collapse, whose tiles do not wait for each other.
     tiles = tokens // step
     rounds, more = divmod(spec.iterations - 1, tiles) if matrix else (0, 0)
-    matrix = jax.lax.fori_loop(0, more, functools.partial(collapse, rounds + 1), matrix)
-    matrix = jax.lax.fori_loop(more, tiles, functools.partial(collapse, rounds), matrix)
+    matrix = jax.lax.fori_loop(0, more, functools.partial(collapse, rounds + 1, 0), matrix)
+    matrix = jax.lax.fori_loop(0, tiles - more, functools.partial(collapse, rounds, more), matrix)
     if new_maps_ref is not None:
         for i in range(count):
             new_maps_ref[i : i + 1] = pre[i]

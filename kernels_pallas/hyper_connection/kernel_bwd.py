@@ -150,10 +150,11 @@ def backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
     # The rounds are one long dependent chain: they run beside the collapse, whose tiles do not wait for each other.
     rounds, more = divmod(spec.iterations - 1, tokens // step) if matrix else (0, 0)
 
-    def collapse(count_here: int, first: int, t: Any, matrix: Any) -> Any:
-        for i in range(count_here):
-            matrix = sinkhorn_bwd.record_round(first + t * count_here + i, matrix, rounds_ref, spec.eps)
-        at = pl.ds(pl.multiple_of(t * step, step), step)
+    def collapse(rounds: int, first: int, t: Any, matrix: Any) -> Any:
+        for i in range(rounds):
+            # `first` tiles before had a round more each.
+            matrix = sinkhorn_bwd.record_round(first * (rounds + 1) + t * rounds + i, matrix, rounds_ref, spec.eps)
+        at = pl.ds(pl.multiple_of((first + t) * step, step), step)
         weights = [weights_ref[pre_at + i, at] for i in range(count)]
 
         def tile(start: Any, found: list[jax.Array]) -> list[jax.Array]:
@@ -168,7 +169,7 @@ def backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
         return matrix
 
     matrix = jax.lax.fori_loop(0, more, functools.partial(collapse, rounds + 1, 0), matrix)
-    jax.lax.fori_loop(more, tokens // step, functools.partial(collapse, rounds, more), matrix)
+    jax.lax.fori_loop(0, tokens // step - more, functools.partial(collapse, rounds, more), matrix)
     turned = jnp.transpose(columns_ref[...])
     by_g, by_w = ([turned[i : i + 1] for i in range(k, k + count)] for k in (0, count))
     rho = jax.lax.rsqrt(sum_of(p * b for p, b in zip(pre, by_w, strict=True)) / spec.width + spec.norm_eps)
