@@ -70,7 +70,9 @@ def backward_kernel(spec: Spec, total: int, *all_refs: Any) -> None:
     count, rows, tokens, columns = spec.streams, spec.fn_rows, spec.blocks.tokens, spec.blocks.columns
     width = gain_ref.shape[-1]
     d_stream_refs = [d_streams_ref.at[:, k * width : (k + 1) * width] for k in range(count)]
-    written = list(zip([out_ref, *old_refs], [d_out_ref, *d_stream_refs], strict=True)) if spec.has_write else []
+    written: list[tuple[Any, Any]] = []
+    if spec.has_write:
+        written = list(zip([out_ref, *old_refs], [d_out_ref, *d_stream_refs], strict=True))
     step = sublanes(dtype)
     pre_at, norm_at, out_at = 0, count, count + 3  # in weights: pre; rho, pull, q; then post and comb
 
