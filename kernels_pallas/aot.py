@@ -102,7 +102,8 @@ def _measure_here(case: Case, chip: Chip, folder: Path) -> Measurement:
     try:
         compiled = compile_for(chip, *case.build())
     except Exception as error:
-        return Measurement(case.label, chip.name, error=_first_lines(f"{type(error).__name__}: {error}"))
+        message = _first_lines(f"{type(error).__name__}: {error}")
+        return Measurement(case.label, chip.name, error=message, programs=llo.static_cycles(folder))
     programs, counted = llo.static_cycles(folder), llo.bundles(folder)
     known = [count for count in counted.values() if count is not None]
     return Measurement(
@@ -166,6 +167,12 @@ def measure_cases(
                 without = _subprocess([case], chip, python, False, seconds, keep)[case.label]
                 if without.error is None:
                     result = dataclasses.replace(without, note=f"no static cycles: {result.error}")
+            elif static and result.error is not None and result.programs:
+                # Profiling, the compiler puts more of XLA's arrays into VMEM and may then refuse what fits without.
+                without = _subprocess([case], chip, python, False, seconds, keep)[case.label]
+                if without.error is None:
+                    cycles = sum(result.programs.values())
+                    result = dataclasses.replace(without, cycles_static=cycles, programs=result.programs)
             yield result
 
 

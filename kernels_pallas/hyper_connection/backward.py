@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -64,26 +65,32 @@ def seam_backward(
     groups = tokens // size if size else 0
     d_weights = (groups * (count + 1), LANES) if size else (count * (count + 1), tokens)
 
+    # Blocks of whole lanes are columns of [M, tokens]; narrower ones need a dimension of their own.
+    has_lanes = tokens % LANES == 0 or grid == 1
+
     def by_block(x: jax.Array) -> jax.Array:
-        """[M, B, S] → [blocks, M, tokens]: any block size is whole then."""
+        """[M, B, S] → [M, tokens] or [blocks, M, tokens], zeros behind the last token."""
         x = jnp.pad(x.reshape(len(x), total), ((0, 0), (0, grid * tokens - total)))
-        return jnp.moveaxis(x.reshape(len(x), grid, tokens), 1, 0)
+        return x if has_lanes else jnp.moveaxis(x.reshape(len(x), grid, tokens), 1, 0)
 
     one, deep = rows_block(tokens, padded), rows_block(tokens, count * padded)
+    by_stream = [rows_block(tokens, padded, k) for k in range(count)]
     maps_block = pl.BlockSpec((None, count * (2 + count), tokens), lambda t: (t, 0, 0))
+    if has_lanes:
+        maps_block = pl.BlockSpec((count * (2 + count), tokens), lambda t: (0, t))
     operands: list[Any] = [scale, base]
     in_specs: list[Any] = [scalars_block()] * 2
     out_specs: list[Any] = []
     shapes: list[Any] = []
     if out is not None:
         assert maps is not None
-        operands += [layout.rows(out), by_block(maps), layout.rows(streams)]
-        in_specs += [one, maps_block, deep]
+        operands += [layout.rows(out), by_block(maps), *[layout.rows(streams)] * count]
+        in_specs += [one, maps_block, *by_stream]
         out_specs += [one, pl.BlockSpec((None, *d_weights), lambda t: (t, 0, 0))]
         shapes.append(jax.ShapeDtypeStruct((total, padded), out.dtype))
         shapes.append(jax.ShapeDtypeStruct((grid, *d_weights), jnp.float32))
-    operands += [layout.rows(new), layout.rows(d_x), layout.rows(d_new)]
-    in_specs += [deep, one, deep]
+    operands += [*[layout.rows(new)] * count, layout.rows(d_x), *[layout.rows(d_new)] * count]
+    in_specs += [*by_stream, one, *by_stream]
     if d_new_maps is not None:
         operands.append(by_block(d_new_maps))
         in_specs.append(maps_block)
@@ -127,7 +134,7 @@ def seam_backward(
             cost_estimate=pl.CostEstimate(
                 flops=positions * (2 * passes * rows + 30 + (4 * (count + 1) if spec.has_write else 0)),
                 transcendentals=grid * tokens * (spec.maps + 2),
-                bytes_accessed=array_bytes(*operands, *shapes),
+                bytes_accessed=array_bytes(*{id(x): x for x in operands}.values(), *shapes),
             ),
             name="hyper_connection_head_backward" if is_head else "hyper_connection_seam_backward",
         )(*operands)
@@ -145,13 +152,14 @@ def seam_backward(
     # A scan over layers stacks these: fused with that, the kernel would lose its own VMEM limit.
     d_fn = jax.lax.optimization_barrier(d_fn)
     d_base, d_scaled = jnp.sum(by_token.reshape(2, rows, tokens)[:, : spec.maps], axis=-1)
-    groups = [(0, count)] if is_head else [(0, count), (count, 2 * count), (2 * count, spec.maps)]
+    group = np.zeros(spec.maps, int) if is_head else np.repeat(range(3), [count, count, count * count])
+    members = group == np.arange(len(scale))[:, None]
     return (
         d_out,
         unpad_streams(d_streams, count, width).reshape(streams.shape),
         d_maps,
         unpad_streams(d_fn[: spec.maps], count, width),
         d_base,
-        jnp.stack([jnp.sum(d_scaled[begin:end]) for begin, end in groups]),
+        jnp.sum(jnp.where(members, d_scaled, 0.0), axis=-1),
         d_gain[0, :width],
     )

@@ -5,8 +5,8 @@ A grid step holds `tokens` tokens of all streams in VMEM, so that each stream cr
 1. Mix: X'_k = post_k · out + Σ_j comb[j, k] · X_j on the vector unit, in float32, rounded once; sums of squares.
 2. Project: fn · X'ᵀ on the matrix unit lands tokens on lanes. With bf16 streams `fn` is the sum of three bf16 parts,
    stacked in rows: exact to float32, in one pass.
-3. Gates and Sinkhorn rounds on [1, tokens] rows.
-4. Collapse Σ_i pre_i · X'_i, rounded, then its RMSNorm.
+3. Gates on [1, tokens] rows.
+4. Collapse Σ_i pre_i · X'_i, rounded, then its RMSNorm; beside the collapse the Sinkhorn rounds, 128 tokens a row.
 
 Tokens never mix, so that rows and sequences are one dimension here, and the rows of an incomplete block only spoil
 themselves.
@@ -32,7 +32,7 @@ from kernels_pallas.hyper_connection.layout import (
     whole_block,
 )
 from kernels_pallas.hyper_connection.mixing import split_bf16
-from kernels_pallas.hyper_connection.sums import ROWS, dot
+from kernels_pallas.hyper_connection.sums import ROWS, dot, pack, sum_of, unpack
 from kernels_pallas.tpu import LANES, array_bytes, compiler_params, current_chip, round_up, sublanes
 
 
@@ -71,13 +71,17 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
     scale_ref, base_ref = refs.pop(0), refs.pop(0)
     out_ref, maps_ref = (refs.pop(0), refs.pop(0)) if spec.has_write else (refs[0], refs[0])
     places_ref = refs.pop(0) if spec.blocks.has_matrix_mix else None
-    streams_ref, fn_ref, gain_ref, x_ref = (refs.pop(0) for _ in range(4))
-    new_ref = refs.pop(0) if spec.has_write else streams_ref
+    count, tokens, columns = spec.streams, spec.blocks.tokens, spec.blocks.columns
+    stream_refs = [refs.pop(0) for _ in range(count)]
+    fn_ref, gain_ref, x_ref = (refs.pop(0) for _ in range(3))
+    new_ref = refs.pop(0) if spec.has_write else None
     new_maps_ref = None if spec.is_head else refs.pop(0)
     parts_ref, weights_ref, pre_ref, square_ref = refs
-    count, tokens, columns = spec.streams, spec.blocks.tokens, spec.blocks.columns
     width = gain_ref.shape[-1]
-    dtype = streams_ref.dtype
+    dtype = x_ref.dtype
+    new_refs = stream_refs
+    if new_ref is not None:
+        new_refs = [new_ref.at[:, k * width : (k + 1) * width] for k in range(count)]
     step = sublanes(dtype)
     rows = spec.fn_rows
 
@@ -90,8 +94,8 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
 
     fn_source = parts_ref if dtype == jnp.bfloat16 else fn_ref
 
-    def lanes(stream: int, start: jax.Array, size: int = LANES) -> Any:
-        return pl.ds(pl.multiple_of(stream * width + start, LANES), size)
+    def lanes(start: jax.Array, size: int = LANES) -> Any:
+        return pl.ds(pl.multiple_of(start, LANES), size)
 
     if spec.blocks.has_matrix_mix:
         mixing.fill_matrices(maps_ref, places_ref, weights_ref)
@@ -100,13 +104,13 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
 
     def mix_on_matrix_unit(at: Any, start: jax.Array) -> None:
         """Step 1 on the tile of tokens `at` in the slab of columns from `start`."""
-        rows = [out_ref[at, lanes(0, start, columns)]]
-        rows += [streams_ref[at, lanes(j, start, columns)] for j in range(count)]
+        rows = [out_ref[at, lanes(start, columns)]]
+        rows += [stream_refs[j][at, lanes(start, columns)] for j in range(count)]
         mixed = mixing.mix_tile([weights_ref[k, at] for k in range(count)], rows)
         squares = square_ref[at]
         for k in range(count):
             rounded = mixed[k * mixing.TILE : (k + 1) * mixing.TILE].astype(dtype)
-            new_ref[at, lanes(k, start, columns)] = rounded
+            new_refs[k][at, lanes(start, columns)] = rounded
             wide = jnp.square(rounded.astype(jnp.float32))
             for lane in range(0, columns, LANES):
                 squares += wide[:, lane : lane + LANES]
@@ -117,16 +121,16 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
         for lane in range(0, columns, LANES):
             if not spec.has_write:
                 for k in range(count):
-                    squares += jnp.square(streams_ref[at, lanes(k, start + lane)].astype(jnp.float32))
+                    squares += jnp.square(stream_refs[k][at, lanes(start + lane)].astype(jnp.float32))
                 continue
-            out = out_ref[at, lanes(0, start + lane)].astype(jnp.float32)
-            old = [streams_ref[at, lanes(j, start + lane)].astype(jnp.float32) for j in range(count)]
+            out = out_ref[at, lanes(start + lane)].astype(jnp.float32)
+            old = [stream_refs[j][at, lanes(start + lane)].astype(jnp.float32) for j in range(count)]
             for k in range(count):
                 new = weights_ref[k, at] * out
                 for j in range(count):
                     new = new + weights_ref[count + count * j + k, at] * old[j]
                 rounded = new.astype(dtype)
-                new_ref[at, lanes(k, start + lane)] = rounded
+                new_refs[k][at, lanes(start + lane)] = rounded
                 squares += jnp.square(rounded.astype(jnp.float32))
         square_ref[at] = squares
 
@@ -137,11 +141,7 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
 
     square_ref[...] = jnp.zeros_like(square_ref)
     jax.lax.fori_loop(0, width // columns, lambda i, _: mix(i * columns), None)
-    product = jnp.zeros((), jnp.float32)
-    for k in range(count):
-        product = product + dot(
-            fn_source[:, k * width : (k + 1) * width], new_ref[:, k * width : (k + 1) * width], ROWS
-        )  # fmt: skip
+    product = sum_of(dot(fn_source[:, k * width : (k + 1) * width], new_refs[k][...], ROWS) for k in range(count))
     if dtype == jnp.bfloat16:
         product = (product[2 * rows : 3 * rows] + product[rows : 2 * rows]) + product[:rows]
     squares = dot(jnp.ones((8, LANES), jnp.float32), square_ref[...], ROWS)[:1]
@@ -153,34 +153,39 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
 
     pre = [jax.nn.sigmoid(row(i)) + spec.eps for i in range(count)]
     spread(pre, pre_ref)
+    matrix: list[list[jax.Array]] = []
     if new_maps_ref is not None:
-        matrix = first_round(
-            [[row(2 * count + count * j + k) for k in range(count)] for j in range(count)], spec.eps
-        )  # fmt: skip
-        matrix = jax.lax.fori_loop(
-            0, spec.iterations - 1, lambda _, m: sinkhorn_round(m, spec.eps), matrix, unroll=False
-        )
+        logits = [[pack(row(2 * count + count * j + k)) for k in range(count)] for j in range(count)]
+        matrix = first_round(logits, spec.eps)
+
+    def collapse(rounds: int, first: int, t: jax.Array, matrix: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        at = pl.ds(pl.multiple_of((first + t) * step, step), step)
+        weights = [pre_ref[i, at] for i in range(count)]
+        for _ in range(rounds):
+            matrix = sinkhorn_round(matrix, spec.eps)
+
+        def tile(c: jax.Array, squares: jax.Array) -> jax.Array:
+            parts = [weights[i] * new_refs[i][at, lanes(c * LANES)].astype(jnp.float32) for i in range(count)]
+            x = functools.reduce(jnp.add, parts).astype(dtype)
+            x_ref[at, lanes(c * LANES)] = x
+            return squares + jnp.square(x.astype(jnp.float32))
+
+        zero = jnp.zeros((step, LANES), jnp.float32)
+        square_ref[at] = jax.lax.fori_loop(0, width // LANES, tile, zero, unroll=True)
+        return matrix
+
+    # The rounds are one long dependent chain: they run beside the collapse, whose tiles do not wait for each other.
+    tiles = tokens // step
+    rounds, more = divmod(spec.iterations - 1, tiles) if matrix else (0, 0)
+    matrix = jax.lax.fori_loop(0, more, functools.partial(collapse, rounds + 1, 0), matrix)
+    matrix = jax.lax.fori_loop(0, tiles - more, functools.partial(collapse, rounds, more), matrix)
+    if new_maps_ref is not None:
         for i in range(count):
             new_maps_ref[i : i + 1] = pre[i]
             new_maps_ref[count + i : count + i + 1] = 2 * jax.nn.sigmoid(row(count + i))
             for k in range(count):
                 at = 2 * count + count * i + k
-                new_maps_ref[at : at + 1] = matrix[i][k]
-
-    def collapse(t: jax.Array, _: None) -> None:
-        at = pl.ds(pl.multiple_of(t * step, step), step)
-        weights = [pre_ref[i, at] for i in range(count)]
-
-        def tile(c: jax.Array, squares: jax.Array) -> jax.Array:
-            parts = [weights[i] * new_ref[at, lanes(i, c * LANES)].astype(jnp.float32) for i in range(count)]
-            x = functools.reduce(jnp.add, parts).astype(dtype)
-            x_ref[at, lanes(0, c * LANES)] = x
-            return squares + jnp.square(x.astype(jnp.float32))
-
-        zero = jnp.zeros((step, LANES), jnp.float32)
-        square_ref[at] = jax.lax.fori_loop(0, width // LANES, tile, zero, unroll=True)
-
-    jax.lax.fori_loop(0, tokens // step, collapse, None)
+                new_maps_ref[at : at + 1] = unpack(matrix[i][k])
     mean = jnp.sum(square_ref[...], axis=1, keepdims=True) / spec.width
     square_ref[...] = jnp.broadcast_to(jax.lax.rsqrt(mean + spec.norm_eps), square_ref.shape)
 
@@ -189,7 +194,7 @@ def _seam_kernel(spec: Spec, *all_refs: Any) -> None:
         inverse = square_ref[at]
 
         def tile(c: jax.Array, _: None) -> None:
-            cols = lanes(0, c * LANES)
+            cols = lanes(c * LANES)
             x_ref[at, cols] = (x_ref[at, cols].astype(jnp.float32) * inverse * gain_ref[:, cols]).astype(dtype)
 
         jax.lax.fori_loop(0, width // LANES, tile, None, unroll=True)
@@ -245,11 +250,15 @@ def seam_forward(
         operands.append(places)
         in_specs.append(whole_block(*places.shape))
     operands += [
-        layout.rows(streams),
+        *[layout.rows(streams)] * count,  # a block and so a copy for each: the first block's are in flight together
         pad_streams(fn, count, padded),
         pad_streams(gain[None], 1, padded),
     ]
-    in_specs += [rows_block(tokens, count * padded), whole_block(spec.maps, count * padded), whole_block(1, padded)]
+    in_specs += [
+        *(rows_block(tokens, padded, k) for k in range(count)),
+        whole_block(spec.maps, count * padded),
+        whole_block(1, padded),
+    ]
     shapes: list[Any] = [jax.ShapeDtypeStruct((total, padded), streams.dtype)]
     out_specs: list[Any] = [rows_block(tokens, padded)]
     if out is not None:
@@ -291,5 +300,5 @@ def _cost(spec: Spec, steps: int, operands: list[Any], results: list[Any]) -> pl
     return pl.CostEstimate(
         flops=2 * tokens * spec.streams * round_up(spec.width, LANES) * per_value,
         transcendentals=tokens * (spec.maps + 2 * spec.streams * spec.iterations),
-        bytes_accessed=array_bytes(*operands, *results),
+        bytes_accessed=array_bytes(*{id(x): x for x in operands}.values(), *results),  # of streams, all in one
     )

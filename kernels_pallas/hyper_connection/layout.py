@@ -71,9 +71,9 @@ class Layout:
         return pad_streams(x.reshape(self.total, -1), x.shape[-1] // self.width, self.padded)
 
 
-def rows_block(tokens: int, columns: int) -> pl.BlockSpec:
-    """A grid step's rows of an array with a row per token."""
-    return pl.BlockSpec((tokens, columns), lambda t: (t, 0))
+def rows_block(tokens: int, columns: int, part: int = 0) -> pl.BlockSpec:
+    """A grid step's rows of an array with a row per token; of its columns, the given part of this width."""
+    return pl.BlockSpec((tokens, columns), lambda t: (t, part))
 
 
 def whole_block(*shape: int) -> pl.BlockSpec:

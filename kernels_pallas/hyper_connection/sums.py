@@ -1,4 +1,4 @@
-"""Products, sums and cleared rows of blocks in a kernel."""
+"""Products, sums, packed rows and cleared rows of blocks in a kernel."""
 
 import functools
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.tpu import SUBLANES, sublanes
+from kernels_pallas.tpu import LANES, SUBLANES, sublanes
 
 ROWS = (((1,), (1,)), ((), ()))
 """Contracts the last dimensions: rows × rows."""
@@ -29,6 +29,19 @@ def lane_sums(values: list[jax.Array]) -> jax.Array:
     """The sum over lanes of values[i] ([rows, 128]) in lane i."""
     lane = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 1)
     return sum_of(jnp.where(lane == i, jnp.sum(v, axis=1, keepdims=True), 0.0) for i, v in enumerate(values))
+
+
+def pack(row: jax.Array) -> jax.Array:
+    """[1, tokens] → [tokens / 128, 128]: one register instead of several of one row each."""
+    size = row.shape[1]
+    if size % LANES or size == LANES:
+        return row
+    return jnp.concatenate([row[:, i : i + LANES] for i in range(0, size, LANES)], axis=0)
+
+
+def unpack(rows: jax.Array) -> jax.Array:
+    """The inverse of `pack`."""
+    return jnp.concatenate([rows[i : i + 1] for i in range(rows.shape[0])], axis=1)
 
 
 def clear_rows(ref: Any, first: int) -> None:

@@ -7,8 +7,11 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.tpu import LANES, SUBLANES, Chip, check_vmem, round_up, tile_bytes
 
-_ROWS = 1024
-"""Rows of a block, queries × heads: enough to hide the loading of keys into the matrix unit."""
+_ROWS = 2048
+"""Rows of a block of the forward kernel, queries × heads: its first products and its last softmax overlap with nothing,
+the more rows the less of it."""
+_ROWS_BACK = 1024
+"""Of the backward kernel: enough to hide the loading of keys into the matrix unit."""
 _CHUNK_ROWS = 512
 """Rows whose softmax overlaps with the products of the next ones."""
 _ENTRIES = 1024
@@ -48,7 +51,7 @@ def default_block_sizes(heads: int, entries: int, dtype: DTypeLike, *, is_backwa
     """Blocks for this many heads (padded to 8) and entries."""
     narrow = jnp.dtype(dtype).itemsize // 2  # float32 rows take twice the room
     queries = 128
-    while queries > SUBLANES and queries * heads > _ROWS // narrow:
+    while queries > SUBLANES and queries * heads > (_ROWS_BACK if is_backward else _ROWS) // narrow:
         queries //= 2
     chunk = queries
     while chunk > 1 and chunk * heads > _CHUNK_ROWS:

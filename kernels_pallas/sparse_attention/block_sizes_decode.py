@@ -12,9 +12,11 @@ class DecodeBlockSizes:
     1024 + 1 entries is one page."""
     sequences: int = 8
     """Sequences, where there is only the window."""
+    paged_sequences: int = 8
+    """Sequences, where a page holds all entries: their softmaxes wait for each other's products."""
 
     def __post_init__(self) -> None:
         if self.page < 16 or self.page % 16:
             raise ValueError(f"page: got {self.page}, need a positive multiple of 16")
-        if self.sequences < 1:
-            raise ValueError(f"sequences: got {self.sequences}, need at least 1")
+        if min(self.sequences, self.paged_sequences) < 1:
+            raise ValueError(f"sequences: got {self.sequences} and {self.paged_sequences}, need at least 1")

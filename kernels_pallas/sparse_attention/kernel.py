@@ -1,26 +1,26 @@
 """Forward kernel of prefill and training: window, compressed entries and sink in one softmax.
 
 Grid (batch, block of queries, tile of entries). A block's rows are its queries × heads (one key head serves all), so
-that each key tile, loaded once for scores and values, is multiplied by about 1024 rows. Step 0 takes the window (two
+that each key tile, loaded once for scores and values, is multiplied by about 2048 rows. Step 0 takes the window (two
 tiles of 128 keys, masked to the band) together with the first tile of entries that the block meets; further steps
 rescale what is there; steps beyond the last tile, or at a tile that the block does not meet, do nothing and fetch
 nothing. Up to 1024 entries (128K tokens at ratio 128) there is one step and no rescaling.
 
-Within a step the scores of one chunk of rows are asked for before the softmax of the chunk before it, because the
-compiler's scheduler keeps the order of matrix products: so the vector units work under them. Running maxima are the
-same in all lanes; sums stay per lane until the end. HBM: q and the output once, keys about once, entries once per
-block.
+Within a step matrix products are asked for one chunk of rows ahead of the softmax, and one behind (`attend`), so that
+the vector units work under them. Running maxima are the same in all lanes; sums stay per lane until the end. HBM: q and
+the output once, keys about once, entries once per block.
 """
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels_pallas.sparse_attention.block_sizes import BlockSizes, QuerySizes
 from kernels_pallas.sparse_attention.layout import NEVER, WORD, Operands, Shape
@@ -126,46 +126,58 @@ Group = tuple[int, jax.Array]
 """Columns of the bias at which keys begin, and the keys."""
 
 
-def biased_scores(
-    q: Any, bias: Any, groups: list[Group], *, heads: int, starts: range
-) -> Iterator[tuple[int, list[jax.Array]]]:
-    """First query of a chunk and its scores, chunk by chunk.
+def attend(
+    q: Any, bias: Any, groups: list[Group], floor_of: Callable[[int], jax.Array], *, heads: int, starts: range, c: float
+) -> Iterator[tuple[int, jax.Array, jax.Array, jax.Array]]:
+    """Chunk by chunk: its first query, the maximum of each row, Σ weights per lane, Σ weight · value.
 
-    A chunk's products are asked for before the previous chunk is handed out.
+    The compiler's scheduler keeps the order of matrix products. They are asked for one chunk ahead and one behind, so
+    that a chunk's softmax has the products of two others to run under: scores of the next, values of the one before.
 
     Args:
       q: reference [1, M, H]. bias: reference [Q, columns]. starts: first queries of the chunks.
+      floor_of: of a chunk, what the maxima are at least.
     """
-    ahead: tuple[int, list[jax.Array]] | None = None
-    for start in (*starts, None):
-        current, ahead = ahead, None
-        if start is not None:
-            rows = q[0, pl.ds(start * heads, starts.step * heads)]
-            ahead = start, [product(rows, k, (1, 1)) for _, k in groups]
-        if current is not None:
-            begin, scores = current
-            part = slice(begin, begin + starts.step)
-            yield (
-                begin,
-                [
-                    add_bias(s, bias[part, offset : offset + s.shape[1]], heads)
-                    for s, (offset, _) in zip(scores, groups, strict=True)
-                ],
-            )
+
+    def products(start: int) -> list[jax.Array]:
+        rows = q[0, pl.ds(start * heads, starts.step * heads)]
+        return [product(rows, k, (1, 1)) for _, k in groups]
+
+    def values(weights: list[jax.Array]) -> jax.Array:
+        return functools.reduce(
+            jnp.add, [product(w, k, (1, 0)) for w, (_, k) in zip(weights, groups, strict=True)]
+        )  # fmt: skip
+
+    ahead = products(starts[0])
+    behind: tuple[int, jax.Array, jax.Array, list[jax.Array]] | None = None
+    for start in starts:
+        scores, later = ahead, start + starts.step
+        ahead = products(later) if later in starts else []
+        value = values(behind[3]) if behind else None
+        part = slice(start, start + starts.step)
+        scores = [
+            add_bias(s, bias[part, offset : offset + s.shape[1]], heads)
+            for s, (offset, _) in zip(scores, groups, strict=True)
+        ]
+        top = highest(scores, floor_of(start))
+        total, weights = weigh(scores, top, c, q.dtype)
+        if behind and value is not None:
+            yield *behind[:3], value
+        behind = start, top, total, weights
+    assert behind
+    yield *behind[:3], values(behind[3])
 
 
-def weigh(groups: list[Group], scores: list[jax.Array], top: jax.Array, c: float) -> tuple[jax.Array, jax.Array]:
-    """(Σ weights per lane, Σ weight · value) under the given maximum."""
-    total, value = None, None
-    for s, (_, k) in zip(scores, groups, strict=True):
+def weigh(scores: list[jax.Array], top: jax.Array, c: float, dtype: DTypeLike) -> tuple[jax.Array, list[jax.Array]]:
+    """(Σ weights per lane, weights of each group) under the given maximum."""
+    total, found = None, []
+    for s in scores:
         weights = [jnp.exp2((part - top) * c) for part in lane_chunks(s)]
         for part in weights:
             total = part if total is None else total + part
-        add = product(jnp.concatenate([part.astype(k.dtype) for part in weights], axis=1), k, (1, 0))
-        value = add if value is None else value + add
+        found.append(jnp.concatenate([part.astype(dtype) for part in weights], axis=1))
     assert total is not None
-    assert value is not None
-    return total, value
+    return total, found
 
 
 def highest(scores: list[jax.Array], floor: jax.Array) -> jax.Array:
@@ -199,7 +211,7 @@ def _forward(
     def lines(start: int) -> Any:
         return pl.ds(start * heads, sizes.chunk * heads)
 
-    scores_of = functools.partial(biased_scores, q, bias, heads=heads, starts=starts)
+    attend_to = functools.partial(attend, q, bias, heads=heads, starts=starts, c=c)
 
     def far_bias(tile: Any) -> jax.Array:
         assert entry_place is not None
@@ -218,9 +230,7 @@ def _forward(
         if entries is not None:
             bias[:, near:] = far_bias(first[index])
             groups.append((near, entries[0]))
-        for start, scores in scores_of(groups):
-            top = highest(scores, per_row(sink[...], sizes.chunk))
-            total, value = weigh(groups, scores, top, c)
+        for start, top, total, value in attend_to(groups, lambda _: per_row(sink[...], sizes.chunk)):
             if carried:
                 for ref, x in zip(carried, (value, top, total), strict=True):
                     ref[lines(start)] = x
@@ -239,11 +249,8 @@ def _forward(
         assert entries is not None
         bias[:, near:] = far_bias(tile)
         groups = [(near, entries[0])]
-        for start, scores in scores_of(groups):
-            before = tops[lines(start)]
-            top = highest(scores, before)
-            rescale = jnp.exp2((before - top) * c)
-            total, value = weigh(groups, scores, top, c)
+        for start, top, total, value in attend_to(groups, lambda start: tops[lines(start)]):
+            rescale = jnp.exp2((tops[lines(start)] - top) * c)
             acc[lines(start)] = acc[lines(start)] * across(rescale, shape.dim) + value
             tops[lines(start)] = top
             totals[lines(start)] = totals[lines(start)] * rescale + total

@@ -24,13 +24,11 @@ from kernels_pallas.sparse_attention.kernel import (
     LOG2_E,
     across,
     arguments,
-    biased_scores,
+    attend,
     cost,
     heads_to_lanes,
-    highest,
     input_specs,
     per_row,
-    weigh,
     window_bias,
 )
 from kernels_pallas.sparse_attention.layout import NEVER, Operands, Shape
@@ -106,7 +104,7 @@ def _gather(
     def lines(begin: int) -> Any:
         return pl.ds(begin * heads, sizes.chunk * heads)
 
-    scores_of = functools.partial(biased_scores, q, bias, heads=heads, starts=starts)
+    attend_to = functools.partial(attend, q, bias, heads=heads, starts=starts, c=c)
 
     def take(block: Any) -> Iterator[None]:
         """Brings a block's keys and bias in place, and has the next block's rows come, some of them at every step.
@@ -140,9 +138,7 @@ def _gather(
     next(fetch)
     bias[:, :near] = window_bias(place[0], jnp.concatenate([s[0] for s in segments], axis=1), tile, shape, sizes)
     groups = [(0, jnp.concatenate([k[0] for k in keys], axis=0)), (near, members[...])]
-    for begin, scores in scores_of(groups):
-        top = highest(scores, per_row(sink[...], sizes.chunk))
-        total, value = weigh(groups, scores, top, c)
+    for begin, top, total, value in attend_to(groups, lambda _: per_row(sink[...], sizes.chunk)):
         for ref, x in zip((acc, tops, totals), (value, top, total), strict=True):
             ref[lines(begin)] = x
         next(fetch, None)
@@ -151,11 +147,8 @@ def _gather(
         fetch = take(block)
         next(fetch)
         groups = [(near, members[...])]
-        for begin, scores in scores_of(groups):
-            before = tops[lines(begin)]
-            top = highest(scores, before)
-            rescale = jnp.exp2((before - top) * c)
-            total, value = weigh(groups, scores, top, c)
+        for begin, top, total, value in attend_to(groups, lambda begin: tops[lines(begin)]):
+            rescale = jnp.exp2((tops[lines(begin)] - top) * c)
             acc[lines(begin)] = acc[lines(begin)] * across(rescale, shape.dim) + value
             tops[lines(begin)] = top
             totals[lines(begin)] = totals[lines(begin)] * rescale + total

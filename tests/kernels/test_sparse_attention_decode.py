@@ -62,11 +62,16 @@ def reference(inputs, **options):
 CASES = {
     "window alone": dict(batch=5),
     "one page": dict(entries=37, lengths=[37, 5, 0]),
+    "one long page": dict(batch=5, entries=300, lengths=[300, 260, 100, 0, 256]),
     "pages": dict(entries=100, lengths=[0, 100, 33]),
     "selection below what is visible": dict(entries=60, topk=20, lengths=[60, 41, 7]),
     "selection beyond what is visible": dict(entries=12, topk=40, lengths=[12, 0, 1]),
 }
-SIZES = {"pages": DecodeBlockSizes(page=32), "window alone": DecodeBlockSizes(sequences=2)}
+SIZES = {
+    "pages": DecodeBlockSizes(page=32),
+    "window alone": DecodeBlockSizes(sequences=2),
+    "one long page": DecodeBlockSizes(paged_sequences=2),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,7 +82,7 @@ def test_equals_the_reference_without_races(case, capfd):
     np.testing.assert_allclose(got, reference(inputs), atol=tolerances.KERNEL_FLOAT32)
 
 
-@pytest.mark.parametrize("case", ["pages", "selection below what is visible"])
+@pytest.mark.parametrize("case", ["pages", "one long page", "selection below what is visible"])
 def test_bf16_errs_no_more_than_the_bf16_reference_does(case):
     inputs = cast(problem(1, **CASES[case] | dict(dim=256, heads=16)), jnp.bfloat16)
     exact = reference(cast(inputs, jnp.float32))
@@ -86,7 +91,7 @@ def test_bf16_errs_no_more_than_the_bf16_reference_does(case):
     assert np.abs(got - exact).max() <= allowed
 
 
-@pytest.mark.parametrize("case", ["pages", "selection below what is visible"])
+@pytest.mark.parametrize("case", ["pages", "one long page", "selection below what is visible"])
 def test_partial_results_have_the_sums_maxima_and_totals_of_the_reference(case):
     inputs = problem(2, **CASES[case])
     got = kernel(inputs, is_partial=True, block_sizes=SIZES.get(case))
