@@ -44,7 +44,10 @@ def assert_logits_equal(model, expected) -> None:
 
 
 @pytest.mark.nightly
-def test_gradients_equal_those_without_kernels(golden) -> None:
+@pytest.mark.parametrize("over", ["all entries", "unions of selections"])
+def test_gradients_equal_those_without_kernels(golden, over, monkeypatch) -> None:
+    if over == "unions of selections":
+        monkeypatch.setattr(prefill_union, "is_worth_it", lambda *sizes: True)
     model, expected = golden
     definition, parameters, rest = nnx.split(model, nnx.Param, ...)
     tokens = jnp.asarray(expected["tokens"][:, :160])
