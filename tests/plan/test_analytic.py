@@ -103,10 +103,12 @@ def test_meshes_are_all_divisions_ranked_by_fit_and_time():
     assert not any(one.fits for one in candidates(request(weights="bf16")))
 
 
-@pytest.mark.parametrize("file", sorted(PLANS.glob("*-train-*.json")), ids=lambda file: file.stem)
-def test_memory_of_a_training_step_is_about_what_its_program_takes_and_hardly_less(file):
+@pytest.mark.parametrize(
+    "plan", ["flash-train-16k-v5p", "flash-train-128k-v5p", "pro-train-16k-v5p", "pro-train-16k-tpu7x"]
+)
+def test_memory_of_a_training_step_is_about_what_its_program_takes_and_hardly_less(plan):
     """Against the compiled steps of docs/plans: the formula chooses meshes before anything is compiled."""
-    facts = json.loads(file.read_text())
+    facts = json.loads((PLANS / f"{plan}.json").read_text())
     mesh = ",".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
     step = dict(step="train", context=facts["context"], batch=facts["batch"])
     own = request(facts["model"], facts["topology"], mesh, **step)
