@@ -1,6 +1,7 @@
 """Which arithmetic runs in which dtype: one policy, with every float32 island of the official model by name."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +22,15 @@ class NativeWeights:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DTypePolicy:
-    """Dtypes by purpose (architecture.md §2, §10, §13). Hashable, so that it can be static under jit.
+    """Dtypes by purpose (architecture.md §2, §10, §13). Hashable, so that it can be static under jit."""
 
-    The islands stay float32 in bfloat16 training and inference, as in the official code; dots inside them ask for full
-    float32 precision, which a TPU otherwise would not give.
-    """
-
+    island: ClassVar[DTypeLike] = jnp.float32
+    """Norms, hyper-connections, router, compressor, softmax, RoPE angles and logits, whatever `compute` is, as in the
+    official code; dots inside them ask for full float32 precision, which a TPU otherwise would not give."""
     param: DTypeLike = jnp.float32
     """Matrices and embeddings. Norm weights, hyper-connections, `ape`, sinks and biases are always float32."""
     compute: DTypeLike = jnp.float32
     """Residual streams, projections and attention operands."""
-    norm: DTypeLike = jnp.float32
-    hyper_connection: DTypeLike = jnp.float32
-    router: DTypeLike = jnp.float32
-    compressor: DTypeLike = jnp.float32
-    softmax: DTypeLike = jnp.float32
-    rope: DTypeLike = jnp.float32
-    logits: DTypeLike = jnp.float32
     native: NativeWeights | None = None
     """Keep quantised matrices in their released bytes, dequantised where they are used; None: in the `param` dtype."""
     quant_sim: bool = False

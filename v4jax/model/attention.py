@@ -74,7 +74,7 @@ class Attention(nnx.Module):
         if cache is None:
             # The widest array of a layer: the compiler would keep the product, and its gradient, in float32.
             q = jax.lax.optimization_barrier(q)
-        q = rotate(unit_rms(q, self.config.rms_norm_eps, self.policy.norm), over_heads(turn))
+        q = rotate(unit_rms(q, self.config.rms_norm_eps, self.policy.island), over_heads(turn))
         kv = rotate(self.kv_norm(kept(self.wkv(x))), turn)
         if self.policy.quant_sim:
             kv = simulate_kv(kv, self.config.nope_head_dim)

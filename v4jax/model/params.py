@@ -308,7 +308,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Result in the compute dtype."""
-        x = x.astype(self.policy.norm)
+        x = x.astype(self.policy.island)
         return (x * rms_scale(x, self.eps) * self.weight[...]).astype(self.policy.compute)
 
 

@@ -140,7 +140,7 @@ class Transformer(HeadMixer):
 
     def local_logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """The head, as far as one device holds it."""
-        dtype = self.policy.logits
+        dtype = self.policy.island
         return full_dot(hidden.astype(dtype), self.head.weight[...].astype(dtype))
 
     def mtp_hidden(
