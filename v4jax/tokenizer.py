@@ -71,7 +71,13 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Token ids of a text; special tokens written in it become their ids."""
+        """Token ids of a text; special tokens written in it become their ids.
+
+        Raises:
+          TokenizerError: the text is no Unicode, as when a command line's bytes were not UTF-8.
+        """
+        if (lone := find_lone_surrogate(text)) is not None:
+            raise TokenizerError(f"the text has {text[lone]!r} at character {lone}, need Unicode; write it as UTF-8")
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
 
@@ -128,6 +134,15 @@ class TextStream:
         before = self._tokenizer.decode(self._context, skip_special_tokens=self._is_skipping)
         both = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._is_skipping)
         return both[len(before) :]
+
+
+def find_lone_surrogate(text: str) -> int | None:
+    """Where a text first has half of a surrogate pair, which JSON and a command line can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

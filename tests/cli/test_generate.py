@@ -180,6 +180,8 @@ def test_chat_renders_a_conversation(v4jax, model_directory, monkeypatch, argume
         (["--prompt", "a", "--temperature", "nan"], 1, "temperature: got nan"),
         (["--prompt", "a", "--top-p", "0"], 1, "top_p: got 0.0"),
         (["--prompt", "a", "--seed", "-1"], 1, "seed: got -1"),
+        (["--prompt", "a", "--seed", str(2**63)], 1, f"seed: got {2**63}, need 0 or more, below 2^63"),
+        (["--prompt", "a\udcff"], 1, "the text has '\\udcff' at character 1, need Unicode"),
         (["--prompt", "a", "--thinking"], 2, "add --chat"),
         (["--prompt", "a", "--system", "b"], 2, "add --chat"),
         (["--prompt", "a", "--beams", "2"], 2, "--beams"),
