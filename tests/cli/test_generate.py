@@ -1,5 +1,7 @@
 """Generation: greedy, drawn, in batches, and the verb; and what it refuses."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -139,6 +141,18 @@ def test_the_verb_writes_the_text_of_the_core(generate, decoder, model_directory
         [token for token in want if token is not None], skip_special_tokens=True
     )
     assert generate("--prompt", "def add", "--temperature", "0") == text
+
+
+def test_the_verb_stops_at_the_end_tokens_of_the_generation_config(v4jax, model_directory, decoder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    tokenizer = Tokenizer.from_directory(model)
+    prompt = tokenizer.encode("def add", add_bos=True)
+    ((first, second),) = [one[:2] for one in complete(decoder, [prompt])]
+    assert first != second
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, second]}))
+    result = v4jax("generate", model, "--prompt", "def add", "--temperature", "0", "--max-new-tokens", NEW)
+    assert result.out == tokenizer.decode([first, second], skip_special_tokens=True) + "\n"
 
 
 def test_the_same_seed_gives_the_same_text(generate):
