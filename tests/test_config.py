@@ -275,7 +275,29 @@ REFUSED = {
     "odd rotary width": (released(qk_rope_head_dim=3), "qk_rope_head_dim: got 3, need an even number"),
     "rotary width above the head": (released(qk_rope_head_dim=18), "qk_rope_head_dim: got 18"),
     "no rotary width": (released(qk_rope_head_dim=...), "neither qk_rope_head_dim nor partial_rotary_factor"),
+    "rotary share not finite": (
+        transformers_spelling(partial_rotary_factor=float("nan")),
+        "partial_rotary_factor: got nan, need a share",
+    ),
     "theta a string": (released(rope_theta="1e4"), "rope_theta: got '1e4', need a number"),
+    "theta not finite": (released(rope_theta=float("nan")), "^rope_theta: got nan, need a number above 1"),
+    "theta one": (released(compress_rope_theta=1), "compress_rope_theta: got 1, need a number above 1"),
+    "yarn factor zero": (released(rope_scaling=YARN | {"factor": 0}), "rope_scaling.factor: got 0, need a number"),
+    "yarn factor null": (released(rope_scaling=YARN | {"factor": None}), "yarn lacks factor"),
+    "yarn beta zero": (released(rope_scaling=YARN | {"beta_fast": 0}), "rope_scaling.beta_fast: got 0"),
+    "yarn length zero": (
+        released(rope_scaling=YARN | {"original_max_position_embeddings": 0}),
+        "original_max_position_embeddings: got 0",
+    ),
+    "ratio a list": (released(compress_ratios=[[0], 4, 128, 4, 0]), r"unknown ratio \[0\]; need 0, 4 or 128"),
+    "ratio an object": (
+        released(layer_types=[SLIDING.value, CSA.value, HCA.value, CSA.value], compress_ratios=[{}, 4, 128, 4, 0]),
+        "contradict each other",
+    ),
+    "end token a string": (released(eos_token_id="</s>"), "eos_token_id: got '</s>', need an integer, a list of them"),
+    "end token an object": (released(eos_token_id={}), "eos_token_id: got {}"),
+    "start tokens in a list": (released(bos_token_id=[0]), r"bos_token_id: got \[0\], need an integer or null"),
+    "hash layers null": (released(num_hash_layers=None), "neither num_hash_layers nor mlp_layer_types"),
     "groups": (released(o_groups=3), "o_groups: got 3, need a divisor of num_attention_heads \\(4\\)"),
     "more picks than experts": (released(num_experts_per_tok=5), "num_experts_per_tok: got 5, need at most"),
     "expert dtype": (released(expert_dtype="int4"), "expert_dtype: got 'int4', need 'fp4' or 'fp8'"),
@@ -291,6 +313,12 @@ REFUSED = {
         "mtp_layer_types has 1 entries, num_nextn_predict_layers is 2",
     ),
 }
+
+
+def test_a_null_of_the_schedule_or_the_rotary_tables_means_that_the_key_is_absent():
+    nulls = ("rope_theta", "compress_rope_theta", "compress_rate_csa", "compress_rates", "mtp_layer_types")
+    data = released(**dict.fromkeys(nulls), layer_types=None, rope_scaling=YARN | {"beta_fast": None})
+    assert architecture(ModelConfig.from_hf(data)) == architecture(ModelConfig.from_hf(released()))
 
 
 @pytest.mark.parametrize(("data", "message"), REFUSED.values(), ids=REFUSED.keys())

@@ -85,7 +85,7 @@ def test_a_dspark_config_reports_the_head_that_is_not_used(tmp_path):
         (["flsh"], 1, "flsh: no such file or directory; give a model directory, a config.json or flash"),
         (["tiny", "--implementation", "index_topk=pallas_v2"], 2, "got 'pallas_v2', need"),
         (["tiny", "--implementation", "topk=xla"], 2, "need op=implementation, op one of"),
-        (["tiny", "--json", "/nowhere/info.json"], 1, "/nowhere/info.json"),
+        (["tiny", "--json", "/nowhere/info.json"], 1, "cannot write /nowhere/info.json: no such directory"),
     ],
 )
 def test_refuses(arguments, code, message, capfd):

@@ -127,6 +127,13 @@ def test_end_tokens_come_from_the_config_files_or_the_vocabulary(directory, conf
     assert tokenizer.bos_token_id == 0
 
 
+@pytest.mark.parametrize("ids", [0.5, "</s>", [[1]], {"id": 1}, True], ids=str)
+def test_end_tokens_that_are_no_ids_are_refused(directory, ids):
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id is .*, need an integer"):
+        Tokenizer.from_directory(directory)
+
+
 def test_a_directory_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match=r"no tokenizer.json in .*copy it there"):
         Tokenizer.from_directory(tmp_path)

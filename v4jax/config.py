@@ -372,7 +372,7 @@ def _validate(config: ModelConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         is_number = isinstance(value, (int, float)) and field.name not in _OPTIONAL
-        if is_number and (value < 0 or (value == 0 and field.name not in may_be_zero)):
+        if is_number and not (0 < value < float("inf") or (value == 0 and field.name in may_be_zero)):
             raise ConfigError(f"{field.name}: got {value}, need a positive number")
     for name, length in (("layer_types", config.layer_types), ("mlp_layer_types", config.mlp_layer_types)):
         if len(length) != config.num_hidden_layers:

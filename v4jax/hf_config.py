@@ -80,6 +80,8 @@ _SCHEDULE = [
 _FLOATS = {"routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "initializer_range"}
 _LARGEST = {"n_routed_experts": 1 << 16, "num_nextn_predict_layers": 1 << 10}
 """Far above any model: every one of them costs memory before the files are looked at."""
+_LARGEST_ROPE = 1e12
+"""Of the numbers that make the rotary tables, and the inverse of the least: float32 has room for what is between."""
 _MAY_BE_NULL = {"bos_token_id", "eos_token_id", "expert_dtype"}
 
 
@@ -90,7 +92,7 @@ def read_config(source: "str | Path | Mapping[str, Any]") -> ModelConfig:
     Raises:
         ConfigError: no such file, no JSON object, a missing or mistyped key, or a value that no V4 model has.
     """
-    data = _load_json(source)
+    data = _without_nulls(_load_json(source))
     _check_json_types(data)
     for key, value in _FIXED.items():
         if key in data and data[key] != value:
@@ -142,6 +144,16 @@ def _parse(text: bytes, place: Path) -> dict[str, Any]:
     return data
 
 
+def _without_nulls(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys of the schedule and the rotary tables that are null, nested ones too: null means absent."""
+    return {
+        key: _without_nulls(value) if key in _NESTED and isinstance(value, Mapping) else value
+        for key, value in data.items()
+        if value is not None or key not in _SCHEDULE_KEYS
+    }
+
+
+_NESTED = {"rope_scaling", "rope_parameters", "compress_rates", "main", "compress"}
 _JSON_TYPES: tuple[tuple[str, Any, str], ...] = (
     ("rope_scaling rope_parameters compress_rates quantization_config main compress", Mapping, "an object"),
     ("compress_ratios layer_types mlp_layer_types mtp_layer_types", (list, tuple), "a list"),
@@ -150,6 +162,7 @@ _JSON_TYPES: tuple[tuple[str, Any, str], ...] = (
     ("compressed_sparse_attention heavily_compressed_attention", int, "an integer"),
     ("original_max_position_embeddings", int, "an integer"),
 )
+_SCHEDULE_KEYS = {key for keys, *_ in _JSON_TYPES for key in keys.split()} - {"quantization_config"}
 
 
 def _check_json_types(data: Mapping[str, Any]) -> None:
@@ -166,6 +179,7 @@ def _check_json_types(data: Mapping[str, Any]) -> None:
 def _check_types(fields: dict[str, Any]) -> None:
     for key, value in fields.items():
         if key in _MAY_BE_NULL:
+            _check_token_ids(key, value)
             continue
         kinds = (int, float) if key in _FLOATS else (int,)
         if isinstance(value, bool) or not isinstance(value, kinds):
@@ -174,6 +188,14 @@ def _check_types(fields: dict[str, Any]) -> None:
             raise ConfigError(f"{key}: got {value!r}, need a finite number")
         if value > _LARGEST.get(key, value):
             raise ConfigError(f"{key}: got {value}, need at most {_LARGEST[key]}")
+
+
+def _check_token_ids(key: str, value: Any) -> None:
+    """One id or none, or several that end a text; `expert_dtype` is checked with the config."""
+    ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+    if key != "expert_dtype" and any(type(one) is not int for one in ids if value is not None):
+        need = "an integer, a list of them" if key == "eos_token_id" else "an integer"
+        raise ConfigError(f"{key}: got {value!r}, need {need} or null")
 
 
 def _read_schedule(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +262,7 @@ def _split_ratios(data: dict[str, Any], layers: int, nextn: int) -> tuple[tuple[
             f"compress_ratios has {len(ratios)} entries, num_hidden_layers + num_nextn_predict_layers is "
             f"{layers + nextn}; give one ratio per layer, then one per MTP block"
         )
-    wrong = [ratio for ratio in ratios if ratio not in _RATIO_TO_KIND]
+    wrong = [ratio for ratio in ratios if type(ratio) is not int or ratio not in _RATIO_TO_KIND]
     if wrong:
         raise ConfigError(
             f"compress_ratios: unknown ratio {wrong[0]!r}; need 0, 4 or 128, or give layer_types and compress_rates"
@@ -250,9 +272,9 @@ def _split_ratios(data: dict[str, Any], layers: int, nextn: int) -> tuple[tuple[
 
 
 def _mtp_from_ratios(
-    ratios: list[int], kinds: tuple[AttentionKind, ...], names: dict[int, AttentionKind]
+    ratios: list[Any], kinds: tuple[AttentionKind, ...], names: dict[int, AttentionKind]
 ) -> tuple[AttentionKind, ...]:
-    found = tuple(names.get(ratio) for ratio in ratios)
+    found = tuple(names.get(ratio) if type(ratio) is int else None for ratio in ratios)
     if None in found or found[: len(kinds)] != kinds:
         raise ConfigError(
             "compress_ratios and layer_types contradict each other; remove one, or give compress_rates for other ratios"
@@ -266,6 +288,9 @@ def _read_rope(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     scaling = compress if isinstance(compress, dict) else data.get("rope_scaling") or parameters
     theta = (main or {}).get("rope_theta", data.get("rope_theta", 10000.0))
     compress_theta = (compress or {}).get("rope_theta", data.get("compress_rope_theta", 160000.0))
+    for name, value in (("rope_theta", theta), ("compress_rope_theta", compress_theta)):
+        if not 1 < value <= _LARGEST_ROPE:
+            raise ConfigError(f"{name}: got {value}, need a number above 1, at most {_LARGEST_ROPE:g}")
     if main is not None:
         _check_rope_type("rope_parameters.main", main, ("default",))
     rope_dim = data.get("qk_rope_head_dim")
@@ -273,6 +298,8 @@ def _read_rope(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         factor = data.get("partial_rotary_factor", (main or {}).get("partial_rotary_factor"))
         if factor is None:
             raise ConfigError("config.json has neither qk_rope_head_dim nor partial_rotary_factor")
+        if not 0 < factor <= 1:
+            raise ConfigError(f"partial_rotary_factor: got {factor}, need a share of the head, above 0, at most 1")
         # Rounded, not truncated: 44 · (30/44) is 29.999… in floating point.
         rope_dim = round(fields["head_dim"] * factor)
     return dict(
@@ -299,12 +326,14 @@ def _read_scaling(scaling: dict[str, Any]) -> RopeScaling | None:
     missing = [key for key in ("factor", "original_max_position_embeddings") if key not in scaling]
     if missing:
         raise ConfigError(f"rope_scaling of type yarn lacks {', '.join(missing)}")
-    return RopeScaling(
-        factor=float(scaling["factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-        beta_fast=float(scaling.get("beta_fast", 32.0)),
-        beta_slow=float(scaling.get("beta_slow", 1.0)),
-    )
+    given = {field.name: scaling[field.name] for field in dataclasses.fields(RopeScaling) if field.name in scaling}
+    for name, value in given.items():
+        if not 1 / _LARGEST_ROPE <= value <= _LARGEST_ROPE:
+            raise ConfigError(
+                f"rope_scaling.{name}: got {value}, need a number from {1 / _LARGEST_ROPE:g} to {_LARGEST_ROPE:g}"
+            )
+    length = given.pop("original_max_position_embeddings")
+    return RopeScaling(original_max_position_embeddings=length, **{key: float(one) for key, one in given.items()})
 
 
 def _check_rope_type(field: str, parameters: dict[str, Any], allowed: tuple[str, ...]) -> str:

@@ -173,6 +173,8 @@ def resolve_implementations(choices: Iterable[str] = ()) -> dict[str, dict[str, 
 # ---- the verb --------------------------------------------------------------------------------------------------------
 def run(options: Options) -> None:
     """Prints the description, and writes it as JSON if asked."""
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json: cannot write {options.json}: no such directory; make it first")
     implementations = resolve_implementations(options.implementation)
     description = describe(options.path)
     if options.json is not None:

@@ -70,6 +70,8 @@ class Stream:
 
     def mtp_logits(self, streams: jax.Array) -> np.ndarray:
         """float32 [B, S−1, V] of the first MTP block, from the streams after the last layer."""
+        if self._tokens.shape[1] == 1:  # nothing follows
+            return np.zeros((len(self._tokens), 0, self._checkpoint.config.vocab_size), np.float32)
         block = self.shell.mtp[0]
         inputs = full_inputs(self._checkpoint.config, self._tokens, None)
         following, segments = next_tokens(self._tokens, inputs.segments)

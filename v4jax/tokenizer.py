@@ -45,7 +45,7 @@ class Tokenizer:
         """Reads `tokenizer.json`, the token ids of the config files and the encoding file of a model directory.
 
         Raises:
-          TokenizerError: if `tokenizer.json` is missing or broken.
+          TokenizerError: if `tokenizer.json` is missing or broken, or the token ids of a config file are no ids.
         """
         directory = Path(directory)
         file = directory / "tokenizer.json"
@@ -55,9 +55,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises bare Exceptions
             raise TokenizerError(f"{file} cannot be read ({error}); copy it from the checkpoint again") from None
-        configs = [_read_json(directory / name) for name in ("generation_config.json", "config.json")]
-        ends = [end for config in configs for end in _as_list(config.get("eos_token_id"))]
-        starts = [start for config in configs for start in _as_list(config.get("bos_token_id"))]
+        files = [directory / name for name in ("generation_config.json", "config.json")]
+        ends = [end for file in files for end in _read_ids(file, "eos_token_id")]
+        starts = [start for file in files for start in _read_ids(file, "bos_token_id")]
         return cls(
             backend,
             bos_token_id=starts[0] if starts else None,
@@ -71,7 +71,13 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Token ids of a text; special tokens written in it become their ids."""
+        """Token ids of a text; special tokens written in it become their ids.
+
+        Raises:
+          TokenizerError: the text is no Unicode, as when a command line's bytes were not UTF-8.
+        """
+        if (lone := find_lone_surrogate(text)) is not None:
+            raise TokenizerError(f"the text has {text[lone]!r} at character {lone}, need Unicode; write it as UTF-8")
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
 
@@ -130,6 +136,15 @@ class TextStream:
         return both[len(before) :]
 
 
+def find_lone_surrogate(text: str) -> int | None:
+    """Where a text first has half of a surrogate pair, which JSON and a command line can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
@@ -140,7 +155,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
+def _read_ids(file: Path, key: str) -> list[int]:
+    """One id, several or none."""
+    found = _read_json(file).get(key)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(one) is int for one in ids):
+        raise TokenizerError(f"{file}: {key} is {found!r}, need an integer, a list of them or null; correct it")
+    return ids

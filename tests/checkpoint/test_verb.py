@@ -32,6 +32,11 @@ def test_there_and_back_gives_the_same_tensors(shared, tmp_path, capfd):
         (["/nowhere", "out"], 1, "/nowhere: no such file or directory"),
         (["/nowhere", "out", "--shard-size", "big"], 2, "--shard-size: got 'big'"),
         (["/nowhere", "out", "--weights", "int4"], 2, "invalid choice"),
+        (
+            ["/nowhere", "out", "--layout", "transformers"],
+            2,
+            "--layout transformers is one of Hugging Face",
+        ),
         (["/nowhere", "out", "--max-memory", "9" * 5000], 2, "--max-memory: got '999"),
         (["no\0where", "out"], 1, "NUL"),
         (["memory://", "out"], 1, "names no folder"),

@@ -1,5 +1,7 @@
 """Generation: greedy, drawn, in batches, and the verb; and what it refuses."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -141,6 +143,18 @@ def test_the_verb_writes_the_text_of_the_core(generate, decoder, model_directory
     assert generate("--prompt", "def add", "--temperature", "0") == text
 
 
+def test_the_verb_stops_at_the_end_tokens_of_the_generation_config(v4jax, model_directory, decoder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    tokenizer = Tokenizer.from_directory(model)
+    prompt = tokenizer.encode("def add", add_bos=True)
+    ((first, second),) = [one[:2] for one in complete(decoder, [prompt])]
+    assert first != second
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, second]}))
+    result = v4jax("generate", model, "--prompt", "def add", "--temperature", "0", "--max-new-tokens", NEW)
+    assert result.out == tokenizer.decode([first, second], skip_special_tokens=True) + "\n"
+
+
 def test_the_same_seed_gives_the_same_text(generate):
     one = generate("--prompt", "def add", "--seed", "1")
     assert generate("--prompt", "def add", "--seed", "1") == one
@@ -180,6 +194,8 @@ def test_chat_renders_a_conversation(v4jax, model_directory, monkeypatch, argume
         (["--prompt", "a", "--temperature", "nan"], 1, "temperature: got nan"),
         (["--prompt", "a", "--top-p", "0"], 1, "top_p: got 0.0"),
         (["--prompt", "a", "--seed", "-1"], 1, "seed: got -1"),
+        (["--prompt", "a", "--seed", str(2**63)], 1, f"seed: got {2**63}, need 0 or more, below 2^63"),
+        (["--prompt", "a\udcff"], 1, "the text has '\\udcff' at character 1, need Unicode"),
         (["--prompt", "a", "--thinking"], 2, "add --chat"),
         (["--prompt", "a", "--system", "b"], 2, "add --chat"),
         (["--prompt", "a", "--beams", "2"], 2, "--beams"),

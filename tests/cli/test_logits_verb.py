@@ -56,6 +56,13 @@ def test_every_way_of_computing_gives_the_same_logits(logits, model_directory, t
         tolerances.assert_logits_close(got[name], want[name])
 
 
+@pytest.mark.parametrize("arguments", [[], ["--stream"], ["--chunks", "1"]], ids=["at once", "streamed", "chunk"])
+def test_one_token_has_logits_and_predicts_nothing_further(logits, model_directory, tmp_path, arguments):
+    np.save(tmp_path / "one.npy", [[5], [7]])
+    got = logits(model_directory, "--tokens", tmp_path / "one.npy", "--mtp", *arguments)
+    assert {name: array.shape for name, array in got.items()} == {"logits": (2, 1, 300), "mtp_logits": (2, 0, 300)}
+
+
 def test_a_converted_directory_gives_the_same_logits(logits, v4jax, model_directory, tokens, tmp_path):
     assert v4jax("convert", model_directory, tmp_path / "converted").code == 0
     for got, want in zip(

@@ -15,6 +15,12 @@ def test_yarn_gives_the_published_frequencies():
         np.testing.assert_allclose(table[i], value, rtol=3e-7)
 
 
+def test_yarn_bounds_that_cross_blend_as_the_reference_does():
+    base, scaling = frequencies(16, 100.0, None), RopeScaling(4.0, 64, beta_fast=1.0, beta_slow=32.0)
+    ramp = np.clip((np.arange(8) - 4) / (-1 - 4), 0, 1)  # from channel 4 down to −1
+    np.testing.assert_allclose(frequencies(16, 100.0, scaling), base * (1 - ramp) + base / 4 * ramp, rtol=1e-6)
+
+
 def test_only_layers_with_entries_use_yarn_and_its_base():
     config = ModelConfig.flash()
     np.testing.assert_array_equal(layer_frequencies(config, 0), frequencies(64, 10000.0, None))

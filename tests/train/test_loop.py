@@ -167,10 +167,47 @@ def test_evaluate_reads_all_of_the_text_when_asked(model: Path, texts: Path, tmp
     assert "bigram" not in report
 
 
+def test_evaluate_reads_rows_no_longer_than_the_context(model: Path, texts: Path, tmp_path: Path) -> None:
+    small = write_model(tmp_path / "small", dataclasses.replace(run_config(), max_position_embeddings=24))
+    whole = figures(small, texts, tmp_path / "figures.json", sequence_length=24, max_tokens=100)
+    assert figures(small, texts, tmp_path / "figures.json", sequence_length=None, max_tokens=100) == whole
+    with pytest.raises(UserError, match="sequence_length: got 25, the model's context is 24 tokens"):
+        figures(small, texts, tmp_path / "figures.json", sequence_length=25)
+
+
+def test_evaluate_looks_for_the_place_of_its_figures_first(model: Path, texts: Path) -> None:
+    with pytest.raises(UserError, match="--json: cannot write /nowhere/figures"):
+        figures(model, texts, Path("/nowhere/figures.json"))
+
+
 def test_the_command_line_has_a_flag_for_every_setting() -> None:
     flags = {field.name: field.default for field in dataclasses.fields(loop.Options)}
     for field in dataclasses.fields(TrainOptions):
         assert flags[field.name] is None, field.name
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_that_could_not_begin_leaves_nothing_behind(
+    model: Path, texts: Path, tmp_path: Path, is_there: bool
+) -> None:
+    out = tmp_path / "run"
+    if is_there:
+        out.mkdir()
+    with pytest.raises(UserError, match="matches no parameter and no role"):
+        loop.finetune(model, str(texts), out, dataclasses.replace(SETTINGS, freeze=("nonsense",)))
+    assert [path.name for path in tmp_path.rglob("*")] == (["run"] if is_there else [])
+
+
+def test_going_on_with_a_run_in_vain_leaves_it_as_it_is(finished: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="no text"):
+        loop.finetune(model, "/nowhere", out, SETTINGS)
+    (out.parent / "run").mkdir()
+    marker = json.loads((finished / "finetune.json").read_text()) | {"data": "/nowhere"}
+    (out / "finetune.json").write_text(json.dumps(marker))
+    with pytest.raises(UserError, match="no text"):
+        loop.finetune(model, "/nowhere", out, SETTINGS)
+    assert [path.name for path in out.iterdir()] == ["finetune.json"]
 
 
 def test_rejects_to_go_on_with_other_settings(finished: Path, model: Path, texts: Path) -> None:

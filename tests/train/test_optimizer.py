@@ -88,6 +88,8 @@ def test_rejects_freezing(freeze: tuple[str, ...], message: str) -> None:
         (dict(sequence_length=1), "sequence_length: got 1, need at least 2"),
         (dict(learning_rate=-1.0), "learning_rate: got -1.0, need a positive number"),
         (dict(learning_rate=float("nan")), "learning_rate: got nan, need a positive number"),
+        (dict(learning_rate=float("inf")), "learning_rate: got inf, need a positive number"),
+        (dict(weight_decay=float("inf")), "weight_decay: got inf, need 0 or more, and finite"),
         (dict(held_out_fraction=0.0), "held_out_fraction: got 0.0, need between 0 and 1"),
         (dict(seed=-1), "seed: got -1, need a number of 32 bits"),
     ],

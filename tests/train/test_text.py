@@ -124,6 +124,12 @@ def test_rejects_a_jsonl_line_without_text(tmp_path: Path, line: str) -> None:
         list(TextSource(str(file)).documents())
 
 
+def test_rejects_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: the text has '.ud83d' at character 5, half of"):
+        list(TextSource(str(tmp_path)).documents())
+
+
 def test_rejects_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.txt: not UTF-8"):

@@ -4,12 +4,13 @@ States are written by orbax's CheckpointManager: in the background, complete or 
 pytree of arrays and a small JSON object; what they mean is the caller's business.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,8 @@ import jax
 from v4jax.errors import UserError
 
 _MARKER = "finetune.json"
+DATA = "data"
+"""Where a run keeps its tokens."""
 _SAMPLE_BYTES = 1 << 16
 
 
@@ -38,6 +41,7 @@ class RunDirectory:
     def __init__(self, path: Path, identity: Mapping[str, Any], *, free: Collection[str] = ()) -> None:
         self.path = path
         marker = path / _MARKER
+        self._was_there, self._is_new = path.exists(), not marker.is_file()
         wanted = json.loads(json.dumps(identity))
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path}: is a file, need a directory; choose another name")
@@ -53,6 +57,19 @@ class RunDirectory:
             write_json(marker, wanted)
         except OSError as error:
             raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another directory") from None
+
+    @contextlib.contextmanager
+    def left_as_found_on_error(self) -> Iterator[None]:
+        """Where a `UserError` ends a run that was only now begun, nothing of it stays: it will be begun otherwise."""
+        try:
+            yield
+        except UserError:
+            if self._is_new:
+                (self.path / _MARKER).unlink()
+                shutil.rmtree(self.path / DATA, ignore_errors=True)
+            if not self._was_there:
+                self.path.rmdir()
+            raise
 
     def _check_same(self, found: dict[str, Any], wanted: dict[str, Any], free: Collection[str]) -> None:
         keys = sorted(key for key in found.keys() | wanted.keys() if key not in free)

@@ -53,6 +53,8 @@ def run(options: Options) -> None:
     """Converts, with a progress bar, verifies if asked, and says what was written."""
     if options.to not in ("v4jax", "hf", "orbax"):
         raise UsageError(f"--to: got {options.to!r}, need v4jax, hf or orbax")
+    if options.layout != "official" and options.to == "v4jax":
+        raise UsageError(f"--layout {options.layout} is one of Hugging Face directories: add --to hf, or leave it out")
     shard_bytes = parse_size(options.shard_size)
     max_memory = parse_size(options.max_memory, "--max-memory")
     if options.to == "orbax":

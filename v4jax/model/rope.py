@@ -44,7 +44,7 @@ def frequencies(rope_dim: int, theta: float, scaling: RopeScaling | None) -> np.
 
     low = max(math.floor(channel_of(scaling.beta_fast)), 0)
     high = min(math.ceil(channel_of(scaling.beta_slow)), rope_dim - 1)
-    span = max(high - low, 0.001)  # equal bounds: a step, without a division by zero
+    span = (high - low) or 0.001  # equal bounds: a step, without a division by zero
     ramp = np.clip((np.arange(rope_dim // 2, dtype=np.float32) - low) / np.float32(span), 0, 1).astype(np.float32)
     return (base * (1 - ramp) + base / np.float32(scaling.factor) * ramp).astype(np.float32)
 

@@ -86,6 +86,8 @@ def read_request(options: Options) -> Request:
     for name in ("context", "batch", "chunk", "compiled", "seconds"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: got {getattr(options, name)}, need at least 1")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json: cannot write {options.json}: no such directory; make it first")
     topology, config = parse_topology(options.topology), read_config(options.model)
     if options.context > config.max_position_embeddings:
         raise UserError(

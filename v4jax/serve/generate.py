@@ -109,8 +109,8 @@ def run(options: Options) -> None:
     with ops.implementations(options.implementation):
         mesh = choose_mesh(options.mesh, ModelConfig.from_hf(options.path), "decode")
         model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim, weights=options.weights, mesh=mesh)
-        text = tokenizer.stream(skip_special_tokens=True)
-        for (token,) in generate(model, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling):
+        text, ends = tokenizer.stream(skip_special_tokens=True), tokenizer.eos_token_ids
+        for (token,) in generate(model, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling, stop=ends):
             assert token is not None
             if distributed.is_first():
                 sys.stdout.write(text.push(token))

@@ -24,8 +24,8 @@ class Sampling:
             raise UserError(f"temperature: got {self.temperature}, need 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: got {self.top_p}, need a probability above 0 and at most 1")
-        if self.seed < 0:
-            raise UserError(f"seed: got {self.seed}, need 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: got {self.seed}, need 0 or more, below 2^63")
 
 
 def sequence_keys(seed: int, count: int) -> jax.Array:

@@ -25,6 +25,8 @@ from v4jax.train.data import Batch, evaluation_batches
 from v4jax.train.step import evaluation_step
 from v4jax.train.text import Corpus, load_corpora
 
+_DEFAULT_ROW = 2048
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -36,8 +38,8 @@ class Options:
     """Text: a file, a directory, a glob pattern, or `stdlib` (the source files of Python's standard library)."""
     held_out_fraction: float = 0.05
     """Share of the documents that is read, chosen as by `finetune`; 1 for all. The rest is for the counting models."""
-    sequence_length: int = 2048
-    """Tokens per row."""
+    sequence_length: int | None = None
+    """Tokens per row; 2048 if not given, or the model's context where that is shorter."""
     batch_size: int = 8
     """Rows at a time."""
     max_tokens: int | None = None
@@ -75,7 +77,9 @@ def run(options: Options) -> None:
     """The verb: a table on stdout."""
     _check(options)
     console = Console(stderr=True, highlight=False)
-    mesh = choose_mesh(options.mesh, ModelConfig.from_hf(options.path), "prefill")
+    config = ModelConfig.from_hf(options.path)
+    length = _row_length(options.sequence_length, config.max_position_embeddings)
+    mesh = choose_mesh(options.mesh, config, "prefill")
     model = load(options.path, dtype=options.dtype, quant_sim=options.quant_sim, mesh=mesh, recipe="prefill")
     with tempfile.TemporaryDirectory(prefix="v4jax-") as folder:
         corpora = load_corpora(options.path, model.config, options.data, Path(folder), options.held_out_fraction)
@@ -84,7 +88,7 @@ def run(options: Options) -> None:
         def batches() -> Iterable[Batch]:
             return evaluation_batches(
                 corpus,
-                sequence_length=options.sequence_length,
+                sequence_length=length,
                 batch_size=options.batch_size,
                 max_tokens=options.max_tokens,
             )
@@ -107,10 +111,20 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name}: got {value}, need at least 1")
-    if options.sequence_length < 2:
-        raise UserError(f"sequence_length: got {options.sequence_length}, need at least 2")
     if not 0 < options.held_out_fraction <= 1:
         raise UserError(f"held_out_fraction: got {options.held_out_fraction}, need a share above 0, at most 1")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json: cannot write {options.json}: no such directory; make it first")
+
+
+def _row_length(given: int | None, context: int) -> int:
+    """Tokens per row. Raises `UserError` for a row in which nothing is predicted, or longer than the context."""
+    length = min(_DEFAULT_ROW, context) if given is None else given
+    if length < 2:
+        raise UserError(f"sequence_length: got {length}, need at least 2")
+    if length > context:
+        raise UserError(f"sequence_length: got {length}, the model's context is {context} tokens; use shorter rows")
+    return length
 
 
 def _report(result: Evaluation, levels: Mapping[str, float], corpus: Corpus) -> dict[str, Any]:

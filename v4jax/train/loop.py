@@ -11,6 +11,7 @@ A run's directory:
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from v4jax import distributed
 from v4jax.checkpoint.progress import describe_source
 from v4jax.checkpoint.reader import open_checkpoint
-from v4jax.checkpoint.store import RunDirectory, StateStore, abstract_like, fingerprint
+from v4jax.checkpoint.store import DATA, RunDirectory, StateStore, abstract_like, fingerprint
 from v4jax.checkpoint.writer import save_model
 from v4jax.config import ModelConfig
 from v4jax.dtypes import DTypePolicy
@@ -162,17 +163,17 @@ def finetune(path: str | Path, data: str, out: Path, settings: TrainOptions, *, 
     # A scan over stacked layers copies each layer's weights and gradients, which costs a third of the speed on CPU.
     stacked = jax.default_backend() != "cpu"
     identity = dataclasses.asdict(settings) | {"data": data, "model": fingerprint(Path(path)), "stacked": stacked}
-    distributed.in_first("--out", lambda: RunDirectory(out, identity, free=FREE_TO_CHANGE))
+    run_directory = distributed.in_first("--out", lambda: RunDirectory(out, identity, free=FREE_TO_CHANGE))
     result = out / "model"
     if result.is_dir():
         console.print(f"this run is complete: {result}")
         return result
-    corpora = distributed.first_then_all(
-        "--data", lambda: load_corpora(path, config, data, out / "data", settings.held_out_fraction)
-    )
-    _describe(console, corpora)
-
-    layout, state, frozen = take_apart(_load(path, settings, placement, stacked=stacked), settings)
+    with run_directory.left_as_found_on_error() if run_directory else contextlib.nullcontext():
+        corpora = distributed.first_then_all(
+            "--data", lambda: load_corpora(path, config, data, out / DATA, settings.held_out_fraction)
+        )
+        _describe(console, corpora)
+        layout, state, frozen = take_apart(_load(path, settings, placement, stacked=stacked), settings)
     if placement is None:
         # Committed to a device, as restored arrays are: a resumed run then runs the very same program.
         state, frozen = jax.device_put((state, frozen), jax.local_devices()[0])

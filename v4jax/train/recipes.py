@@ -5,6 +5,7 @@ A recipe is a function that returns `TrainOptions`; the command line's flags rep
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -74,10 +75,11 @@ class TrainOptions:
         _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
         _require(self.held_out_tokens >= 1, "held_out_tokens", self.held_out_tokens, "at least 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a number of 32 bits")
-        for name in ("learning_rate", "epsilon", "clip"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        _require(self.clip > 0, "clip", self.clip, "a positive number")  # infinity never clips
+        for name in ("learning_rate", "epsilon"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for name in ("weight_decay", "mtp_weight", "balance_weight", "bias_update_speed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more, and finite")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(0 < self.held_out_fraction < 1, "held_out_fraction", self.held_out_fraction, "between 0 and 1")

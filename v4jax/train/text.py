@@ -20,7 +20,7 @@ import numpy as np
 
 from v4jax.config import ModelConfig
 from v4jax.errors import UserError
-from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer import Tokenizer, find_lone_surrogate
 
 Split = Literal["train", "held_out"]
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
@@ -114,6 +114,11 @@ def _read_jsonl(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
             text = None
         if not isinstance(text, str):
             raise UserError(f'{path}, line {number}: need an object with a string "text", got {line.strip()[:60]!r}')
+        if (lone := find_lone_surrogate(text)) is not None:
+            raise UserError(
+                f"{path}, line {number}: the text has {text[lone]!r} at character {lone}, half of a surrogate pair and "
+                "no character; correct or remove it"
+            )
         yield text
 
 
