@@ -68,7 +68,8 @@ class RunDirectory:
                 (self.path / _MARKER).unlink()
                 shutil.rmtree(self.path / DATA, ignore_errors=True)
             if not self._was_there:
-                self.path.rmdir()
+                with contextlib.suppress(OSError):  # somebody put something there
+                    self.path.rmdir()
             raise
 
     def _check_same(self, found: dict[str, Any], wanted: dict[str, Any], free: Collection[str]) -> None:
