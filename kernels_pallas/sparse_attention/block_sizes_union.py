@@ -17,6 +17,11 @@ _CHUNK_ROWS = 1024
 _CHUNK_ROWS_BACK = 512
 _MEMBERS = 512
 """Members of a block: fewer would rescale the accumulator more often, more would leave more of the last block empty."""
+_MANY_HEADS = 128
+"""From so many heads on the forward kernel takes twice of all three, as their selections are twice as long: 32 queries
+share a copy, and the softmax of a longer block leaves less of the matrix unit idle."""
+_LARGE_VMEM = 128 << 20
+"""Where chunks of twice the rows fit beside the blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +40,22 @@ class UnionSizes(QuerySizes):
             )
 
 
-def default_union_sizes(heads: int, dtype: DTypeLike) -> tuple[UnionSizes, UnionSizes]:
+def default_union_sizes(heads: int, dtype: DTypeLike, chip: Chip) -> tuple[UnionSizes, UnionSizes]:
     """Forward and backward blocks for this many heads (padded to 8)."""
     narrow = jnp.dtype(dtype).itemsize // 2  # float32 rows take twice the room
-    queries = WORD
-    while queries > SUBLANES and queries * heads > _ROWS // narrow:
-        queries //= 2
-    return tuple(  # pyright: ignore[reportReturnType]
-        UnionSizes(queries, _chunk(queries, heads, rows // narrow), _MEMBERS // narrow)
-        for rows in (_CHUNK_ROWS, _CHUNK_ROWS_BACK)
+    twice = 2 if heads >= _MANY_HEADS and narrow == 1 else 1
+    longer = twice if chip.vmem_bytes >= _LARGE_VMEM else 1
+    return (
+        _sizes(heads, twice * _ROWS // narrow, longer * _CHUNK_ROWS // narrow, twice * _MEMBERS // narrow),
+        _sizes(heads, _ROWS // narrow, _CHUNK_ROWS_BACK // narrow, _MEMBERS // narrow),
     )
+
+
+def _sizes(heads: int, rows: int, chunk_rows: int, members: int) -> UnionSizes:
+    queries = WORD
+    while queries > SUBLANES and queries * heads > rows:
+        queries //= 2
+    return UnionSizes(queries, _chunk(queries, heads, chunk_rows), members)
 
 
 def _chunk(queries: int, heads: int, rows: int) -> int:

@@ -39,7 +39,7 @@ def _fixed(arrays: dict[str, Any], d_out: Any = None, *, members: int) -> Any:
     """The kernels with as many blocks as hold `members`; with d(out) the gradients too."""
     q, keys, sink = (arrays[name] for name in ("q", "keys", "sink"))
     entries = _joined(arrays["entries"])
-    sizes = default_union_sizes(q.shape[2], q.dtype)
+    sizes = default_union_sizes(q.shape[2], q.dtype, current_chip())
     blocks = cdiv(members, sizes[0].rows)
     static = prefill_union.Static(_WINDOW, _DIM**-0.5, *sizes, current_chip(), blocks)
     names = ("q_position", "q_segment", "key_segment", "selection")

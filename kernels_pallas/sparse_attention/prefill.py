@@ -94,7 +94,7 @@ def sparse_attention(
     if selection is None or not is_sound_selection:
         union_sizes = None
     elif prefill_union.is_worth_it(selection.shape[-1], size, heads):
-        union_sizes = union_sizes or default_union_sizes(heads, q.dtype)
+        union_sizes = union_sizes or default_union_sizes(heads, q.dtype, current_chip())
     if selection is not None and union_sizes is None:
         selection, selection_mask = None, bits_of_selection(selection, size, current_chip())
     static = _Static(

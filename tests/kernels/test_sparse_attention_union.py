@@ -66,6 +66,13 @@ def test_unions_of_32_queries_use_every_bit():
     assert_unions_are_right(np.stack([rng.permutation(60)[:40] for _ in range(32)])[None], 32)
 
 
+def test_unions_of_32_queries_with_1024_entries_each():
+    rng = np.random.default_rng(2)
+    lists = np.stack([rng.permutation(2048)[:1024] for _ in range(32)])[None]
+    lists[0, 5, 900:], lists[0, 31] = -1, np.arange(1 << 20, (1 << 20) + 1024)  # fewer, and nothing in common
+    assert_unions_are_right(lists, 32)
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 def sound_problem(seed, **sizes):
     """`problem` without the entries that are not visible."""
@@ -107,6 +114,15 @@ def test_output_and_gradients_equal_the_references(case):
             assert relative(got[name], want[name]) <= tolerances.ATTENTION_FLOAT32, name
         else:
             np.testing.assert_array_equal(got[name], want[name])
+
+
+@pytest.mark.slow
+def test_tiles_of_32_queries_with_up_to_1024_entries_each():
+    inputs, window = sound_problem(4, queries=37, entries=600, past=1300, topk=520, heads=8)
+    call = functools.partial(
+        kernel((UnionSizes(32, 16, 256), UnionSizes(16, 8, 128))), **inputs, window=window, scale=SCALE
+    )
+    assert relative(interpreted(call), reference(**inputs, window=window, scale=SCALE)) <= tolerances.ATTENTION_FLOAT32
 
 
 @pytest.mark.slow
@@ -207,7 +223,7 @@ def test_costs_of_the_dense_path_count_the_tiles_that_causality_leaves():
 def test_blocks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="need queries 8, 16 or 32"):
         UnionSizes(64, 8, 128)
-    forward, backward = default_union_sizes(64, jnp.bfloat16)
+    forward, backward = default_union_sizes(64, jnp.bfloat16, CHIPS["v5p"])
     with pytest.raises(ValueError, match=r"needs [\d,]+ bytes of VMEM, v5p has 62,914,560 available"):
         check_forward(forward, 512, 512, 128, 16384, jnp.bfloat16, CHIPS["v5p"])
     with pytest.raises(ValueError, match=r"backward over unions.* v5p has 62,914,560 available"):
@@ -219,9 +235,18 @@ def test_blocks_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("heads", [8, 16, 24, 64, 128])
 def test_default_blocks_fit_every_chip(heads, dtype):
-    forward, backward = default_union_sizes(heads, dtype)
-    for topk in (7, 512, 1024):
-        capacity = forward.queries * padded_topk(topk, forward.queries)
-        for chip in CHIPS.values():
-            check_forward(forward, heads, 512, 128, capacity, dtype, chip)
-            check_backward(backward, heads, 512, 128, capacity, dtype, chip)
+    for chip in CHIPS.values():
+        forward, backward = default_union_sizes(heads, dtype, chip)
+        for topk in (7, 512, 1024):
+            check_forward(forward, heads, 512, 128, _places(forward, topk), dtype, chip)
+            check_backward(backward, heads, 512, 128, _places(backward, topk), dtype, chip)
+
+
+def _places(sizes, topk):
+    return sizes.queries * padded_topk(topk, sizes.queries)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_128_heads_share_a_copy_among_32_queries(chip):
+    forward, backward = default_union_sizes(128, jnp.bfloat16, CHIPS[chip])
+    assert (forward.queries, forward.rows, backward.queries) == (32, 1024, 16)
