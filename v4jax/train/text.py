@@ -295,10 +295,9 @@ def _open(directory: Path, split: Split, counts: dict[str, Any]) -> Corpus:
     try:
         tokens = np.load(directory / f"{split}.npy", mmap_mode="r" if counts["tokens"] else None)
         offsets = np.load(directory / f"{split}.offsets.npy")
-        is_whole = (len(tokens), len(offsets)) == (counts["tokens"], counts["documents"] + 1)
     except (OSError, ValueError, EOFError):  # what NumPy raises for missing, damaged and empty files
-        is_whole = False
-    if not is_whole:
+        tokens = offsets = np.empty(0)
+    if len(tokens) != counts["tokens"] or len(offsets) != counts["documents"] + 1:
         raise UserError(f"{directory}: {split}.npy is not the file that data.json describes; remove the directory")
     return Corpus(tokens, offsets, counts["text_bytes"], counts["text_tokens"])
 
