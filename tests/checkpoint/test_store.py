@@ -69,6 +69,20 @@ def test_rejects_a_state_of_another_model(tmp_path: Path) -> None:
             store.restore(1, {"b": jnp.zeros(3)})
 
 
+@pytest.mark.parametrize("is_cut", [True, False], ids=["cut", "missing"])
+def test_rejects_a_state_whose_files_are_damaged(tmp_path: Path, is_cut: bool) -> None:
+    state = {"a": jnp.zeros(5000)}
+    with StateStore(tmp_path / "state", keep=1) as store:
+        store.save(1, state, {})
+    largest = max((file for file in tmp_path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = largest.read_bytes()
+    largest.unlink()
+    if is_cut:
+        largest.write_bytes(content[: len(content) // 2])
+    with StateStore(tmp_path / "state", keep=1) as store, pytest.raises(UserError, match="1: cannot be restored"):
+        store.restore(1, abstract_like(state))
+
+
 IDENTITY = {"steps": 10, "data": "stdlib", "freeze": ("norm",), "keep": 2}
 
 

@@ -95,6 +95,24 @@ def test_token_files_are_made_once_and_again_after_an_interruption(folder: Path,
     assert documents(corpora(folder, out)["train"]) == first
 
 
+@pytest.mark.parametrize("name", ["train.npy", "held_out.offsets.npy"])
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None], ids=["empty", "cut", "missing"])
+def test_rejects_damaged_token_files(folder: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+    corpora(folder, tmp_path / "data")
+    (tmp_path / "data" / name).unlink()
+    if content is not None:
+        (tmp_path / "data" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"npy is not the file that data.json describes; remove"):
+        corpora(folder, tmp_path / "data")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_summary_makes_the_token_files_again(folder: Path, tmp_path: Path, text: str) -> None:
+    want = corpora(folder, tmp_path / "data")
+    (tmp_path / "data" / "data.json").write_text(text)
+    assert documents(corpora(folder, tmp_path / "data")["train"]) == documents(want["train"])
+
+
 def test_token_files_of_another_split_are_made_again(folder: Path, tmp_path: Path) -> None:
     few = corpora(folder, tmp_path / "out", fraction=0.1)["held_out"].num_documents
     assert corpora(folder, tmp_path / "out", fraction=0.6)["held_out"].num_documents > few

@@ -163,7 +163,7 @@ class StateStore:
                 the result has.
 
         Raises:
-            UserError: what is stored does not fit `like`.
+            UserError: what is stored does not fit `like`, or is damaged.
         """
         ocp, target = self._ocp, jax.tree.map(_abstract, like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
@@ -172,7 +172,10 @@ class StateStore:
         )
         try:
             restored = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except Exception as error:
+            # Of an array's damaged file orbax makes a bare Exception; what is none of these is not the state's fault.
+            if type(error) is not Exception and not isinstance(error, ValueError | KeyError | FileNotFoundError):
+                raise
             reason = str(error).splitlines()[0][:200]
             raise UserError(
                 f"{self._manager.directory / str(step)}: cannot be restored ({reason}); "

@@ -184,7 +184,7 @@ def tokenise(
     wanted = dict(data=source.data, tokenizer=key, bos=bos, eos=eos, held_out_fraction=held_out_fraction)
     done = directory / "data.json"
     if done.is_file():
-        found = json.loads(done.read_text())
+        found = _read_summary(done)
         if all(found.get(name) == value for name, value in wanted.items()):
             return {split: _open(directory, split, found[split]) for split in ("train", "held_out")}
         done.unlink()
@@ -203,6 +203,15 @@ def tokenise(
     partial.write_text(json.dumps(summary, indent=1))
     os.replace(partial, done)
     return {split: _open(directory, split, summary[split]) for split in ("train", "held_out")}
+
+
+def _read_summary(done: Path) -> dict[str, Any]:
+    """What `data.json` says; nothing if it is damaged, so that the files are made again."""
+    try:
+        found = json.loads(done.read_text())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and found.keys() >= {"train", "held_out"} else {}
 
 
 def _plan(source: TextSource, fraction: float) -> tuple[Callable[[], Iterator[str]], np.ndarray]:
@@ -283,8 +292,11 @@ class _Writer:
 
 def _open(directory: Path, split: Split, counts: dict[str, Any]) -> Corpus:
     # An empty file cannot be mapped.
-    tokens = np.load(directory / f"{split}.npy", mmap_mode="r" if counts["tokens"] else None)
-    offsets = np.load(directory / f"{split}.offsets.npy")
+    try:
+        tokens = np.load(directory / f"{split}.npy", mmap_mode="r" if counts["tokens"] else None)
+        offsets = np.load(directory / f"{split}.offsets.npy")
+    except (OSError, ValueError, EOFError):  # what NumPy raises for missing, damaged and empty files
+        tokens = offsets = np.empty(0)
     if len(tokens) != counts["tokens"] or len(offsets) != counts["documents"] + 1:
         raise UserError(f"{directory}: {split}.npy is not the file that data.json describes; remove the directory")
     return Corpus(tokens, offsets, counts["text_bytes"], counts["text_tokens"])
