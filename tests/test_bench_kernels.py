@@ -78,6 +78,12 @@ def test_an_unknown_chip_or_operation_is_a_usage_error(capsys):
     assert main(["bench", "kernels", "--op", "nothing"]) == 2
 
 
+@pytest.mark.parametrize("verb", ["model", "kernels"])
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(verb, capsys):
+    assert main(["bench", verb, "--json", "/nowhere/f.json"]) == 1
+    assert "--json: cannot write /nowhere/f.json: no such directory; make it first" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Rows are written one by one; a resumed run compiles what has no figures, or no static ones if asked for them."""
     names = (

@@ -23,7 +23,7 @@ import numpy as np
 from v4jax.bench_sides import Setup, SideProcess
 from v4jax.config import ModelConfig
 from v4jax.cost import Workload, decode_bytes, workload_flops
-from v4jax.errors import UserError
+from v4jax.errors import UserError, check_json_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ def run(options: Options) -> None:
     """The verb."""
     if options.repetitions < 1:
         raise UserError(f"--repetitions: got {options.repetitions}, need at least 1")
+    check_json_place(options.json)
     report = bench_model(
         ModelConfig.bench().without_mtp(), WORKLOADS, against=options.against, repetitions=options.repetitions
     )

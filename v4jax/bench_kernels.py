@@ -20,7 +20,7 @@ from kernels_pallas.aot import Measurement, measure_cases
 from kernels_pallas.cases import Case, accepted_cycles, all_cases, find_cases, floor_cycles
 from kernels_pallas.tpu import CHIPS, chip_named
 from v4jax.bench_kernels_report import draw, markdown, print_table
-from v4jax.errors import UsageError, UserError
+from v4jax.errors import UsageError, UserError, check_json_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ def run(options: KernelOptions) -> None:
         raise UsageError(f"--chip: got {', '.join(unknown)}, need {', '.join(CHIPS)}")
     if options.batch < 1 or (options.batch > 1 and options.static):
         raise UsageError(f"--batch: got {options.batch}, need 1, or at least 1 with --no-static")
+    check_json_place(options.json)
     rows = _read_rows(options)
     python = options.python or sys.executable
     if options.make_environment is not None:

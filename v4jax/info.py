@@ -31,7 +31,7 @@ from v4jax.checkpoint.reader import is_v4jax_directory, open_checkpoint
 from v4jax.checkpoint.tensor_file import TensorInfo
 from v4jax.checkpoint.verb import parse_size
 from v4jax.config import LayerSpec, ModelConfig, SegmentSpec, layer_plan, mtp_plan, plan_segments
-from v4jax.errors import UsageError, UserError
+from v4jax.errors import UsageError, UserError, check_json_place
 
 PRESETS = {
     "flash": ModelConfig.flash,
@@ -173,8 +173,7 @@ def resolve_implementations(choices: Iterable[str] = ()) -> dict[str, dict[str, 
 # ---- the verb --------------------------------------------------------------------------------------------------------
 def run(options: Options) -> None:
     """Prints the description, and writes it as JSON if asked."""
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json: cannot write {options.json}: no such directory; make it first")
+    check_json_place(options.json)
     implementations = resolve_implementations(options.implementation)
     description = describe(options.path)
     if options.json is not None:

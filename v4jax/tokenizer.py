@@ -56,8 +56,9 @@ class Tokenizer:
         except Exception as error:  # the package raises bare Exceptions
             raise TokenizerError(f"{file} cannot be read ({error}); copy it from the checkpoint again") from None
         files = [directory / name for name in ("generation_config.json", "config.json")]
-        ends = [end for file in files for end in _read_ids(file, "eos_token_id")]
-        starts = [start for file in files for start in _read_ids(file, "bos_token_id")]
+        configs = {file: _read_json(file) for file in files}
+        ends = [end for file, config in configs.items() for end in _token_ids(file, config, "eos_token_id")]
+        starts = [start for file, config in configs.items() for start in _token_ids(file, config, "bos_token_id")]
         return cls(
             backend,
             bos_token_id=starts[0] if starts else None,
@@ -155,9 +156,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _read_ids(file: Path, key: str) -> list[int]:
+def _token_ids(file: Path, config: dict[str, Any], key: str) -> list[int]:
     """One id, several or none."""
-    found = _read_json(file).get(key)
+    found = config.get(key)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(one) is int for one in ids):
         raise TokenizerError(f"{file}: {key} is {found!r}, need an integer, a list of them or null; correct it")

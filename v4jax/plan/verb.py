@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from v4jax.config import ModelConfig
-from v4jax.errors import UserError
+from v4jax.errors import UserError, check_json_place
 from v4jax.info import PRESETS
 from v4jax.loading import WeightsAtRunTime
 from v4jax.plan import report, sweep
@@ -86,8 +86,7 @@ def read_request(options: Options) -> Request:
     for name in ("context", "batch", "chunk", "compiled", "seconds"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: got {getattr(options, name)}, need at least 1")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json: cannot write {options.json}: no such directory; make it first")
+    check_json_place(options.json)
     topology, config = parse_topology(options.topology), read_config(options.model)
     if options.context > config.max_position_embeddings:
         raise UserError(

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from v4jax import distributed
 from v4jax.config import ModelConfig
-from v4jax.errors import UserError
+from v4jax.errors import UserError, check_json_place
 from v4jax.loading import DType, QuantSim, load
 from v4jax.model.transformer import Transformer
 from v4jax.sharding import choose_mesh
@@ -113,8 +113,7 @@ def _check(options: Options) -> None:
             raise UserError(f"{name}: got {value}, need at least 1")
     if not 0 < options.held_out_fraction <= 1:
         raise UserError(f"held_out_fraction: got {options.held_out_fraction}, need a share above 0, at most 1")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json: cannot write {options.json}: no such directory; make it first")
+    check_json_place(options.json)
 
 
 def _row_length(given: int | None, context: int) -> int:
