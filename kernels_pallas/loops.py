@@ -14,7 +14,8 @@ import jax
 from jax.typing import ArrayLike
 
 _State = TypeVar("_State")
-_SCOPE = re.compile(r"about_(\d+(?:\.\d+)?)_trips/while$")
+_SCOPE = re.compile(r"about_(\d+(?:\.\d+)?)_trips\)*/while$")
+"""Transformations close their brackets behind the scope: `transpose(jvp(about_2.000_trips))/while`."""
 _GRID = re.compile(r"about_(\d+(?:\.\d+)?)_of_grid(?!.*_of_grid)")
 
 

@@ -34,6 +34,8 @@ class Options:
     """Measure this peer too, on the same weights, taking turns."""
     repetitions: int = 3
     """Timed repetitions of each figure, of which the median counts."""
+    products: bool = False
+    """Also time alone each matrix product that XLA makes of a workload: what these take is the best it can reach."""
     json: Path | None = None
     """Also write the figures to this file."""
 
@@ -53,8 +55,9 @@ def run(options: Options) -> None:
         raise UserError(f"--repetitions: got {options.repetitions}, need at least 1")
     check_json_place(options.json)
     report = bench_model(
-        ModelConfig.bench().without_mtp(), WORKLOADS, against=options.against, repetitions=options.repetitions
-    )
+        ModelConfig.bench().without_mtp(), WORKLOADS, against=options.against, repetitions=options.repetitions,
+        products=options.products,
+    )  # fmt: skip
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     _print_report(report)
@@ -66,12 +69,14 @@ def bench_model(
     *,
     against: Literal["transformers"] | None = None,
     repetitions: int = 3,
+    products: bool = False,
 ) -> dict[str, Any]:
-    """Measures `workloads` on a model with random weights.
+    """Measures `workloads` on a model with random weights; with `products`, what their products take alone, too.
 
     Returns:
-        A JSON object: `limits{gemm_flops, read_bytes_per_second}`, `rows[]` of `what ours peer ratio share_of_limit`
-        (tokens per second; null without a peer), `peer_logit_difference`, `threads`, `repetitions`, `versions`.
+        A JSON object: `limits{gemm_flops, read_bytes_per_second}`, `rows[]` of `what ours peer ratio share_of_limit
+        products_alone` (tokens per second, products without all else included; null for what was not asked for),
+        `peer_logit_difference`, `threads`, `repetitions`, `versions`.
 
     Raises:
         UserError: the peer is not installed.
@@ -98,6 +103,7 @@ def bench_model(
                     "peer": peer_seconds and work.tokens / peer_seconds,
                     "ratio": peer_seconds and peer_seconds / seconds["ours"],
                     "share_of_limit": needed / seconds["ours"],
+                    "products_alone": work.tokens / sides["ours"].products_alone(work) if products else None,
                 }
             )
         difference = None if against is None else sides[against].logit_difference
@@ -177,12 +183,15 @@ def _print_report(report: dict[str, Any]) -> None:
     limits = report["limits"]
     table = Table(title=f"tokens per second, float32, {report['threads']} threads, medians of {report['repetitions']}")
     has_peer = report["rows"][0]["peer"] is not None
-    for column in ("what", "v4jax", *(("transformers", "ratio") if has_peer else ()), "share of limit", "limit"):
+    has_products = report["rows"][0]["products_alone"] is not None
+    optional = (*(("transformers", "ratio") if has_peer else ()), *(("products alone",) if has_products else ()))
+    for column in ("what", "v4jax", *optional, "share of limit", "limit"):
         table.add_column(column, justify="left" if column in ("what", "limit") else "right")
     for row in report["rows"]:
         peer = (f"{row['peer']:.1f}", f"{row['ratio']:.2f}×") if has_peer else ()
+        alone = (f"{row['products_alone']:.1f}",) if has_products else ()
         limit = "memory" if row["what"].startswith("decode") else "matrix products"
-        table.add_row(row["what"], f"{row['ours']:.1f}", *peer, f"{row['share_of_limit']:.0%}", limit)
+        table.add_row(row["what"], f"{row['ours']:.1f}", *peer, *alone, f"{row['share_of_limit']:.0%}", limit)
     console = Console(highlight=False)
     console.print(table)
     console.print(

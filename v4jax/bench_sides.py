@@ -7,6 +7,7 @@ chose: `finetune` keeps freed memory, for one, which no user of the peer does.
 import dataclasses
 import multiprocessing
 import statistics
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax.bench_products import seconds_alone
 from v4jax.compilation import jit
 from v4jax.config import ModelConfig
 from v4jax.cost import Run, Workload
@@ -88,6 +90,10 @@ class SideProcess:
         """See `Ours.distinct_experts`."""
         return self._ask("distinct_experts", work)
 
+    def products_alone(self, work: Workload) -> float:
+        """See `Ours.products_alone`."""
+        return self._ask("products_alone", work)
+
     def __enter__(self) -> "SideProcess":
         return self
 
@@ -159,6 +165,7 @@ class Ours:
         self.calls = calls
         self._model: Transformer | None = model
         self._decoder = Decoder(model)
+        self._lower_training: Callable[[], jax.stages.Lowered] | None = None
 
     def prefill(self, work: Workload) -> Run:
         """Starts generation: fills a new cache with a prompt and picks the next token."""
@@ -195,7 +202,24 @@ class Ours:
             state, metrics = step(state, frozen, batch)
             metrics.loss.block_until_ready()
 
+        self._lower_training = lambda: step.lower(state, frozen, batch)
         return train
+
+    def products_alone(self, work: Workload) -> float:
+        """Seconds that the matrix products of one run of a workload take, each timed alone (`bench_products`).
+
+        Decoding reads each matrix from memory, once; other products get the same operands again and again, the best
+        case. Of training, once that workload is ready.
+        """
+        if work.kind == "train":
+            assert self._lower_training is not None
+            lowered = self._lower_training()
+        elif work.kind == "prefill":
+            lowered = self._decoder.lower_prefill(work.batch, work.length, work.length + 1)
+        else:
+            lowered = self._decoder.lower_step_and_sample(work.batch, work.length + 1 + self.calls * work.steps)
+        seconds = seconds_alone(lowered, is_cold=work.kind == "decode")
+        return seconds * (work.steps if work.kind == "decode" else 1)
 
     def distinct_experts(self, work: Workload) -> float:
         """Routed experts that one decoding step reads, per layer: what the last tokens of a batch of prompts picked."""

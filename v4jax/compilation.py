@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 from jax.extend.core import get_opaque_trace_state
@@ -33,7 +33,20 @@ def compiler_options(
 _UNTRACED = get_opaque_trace_state(convention="nnx")
 
 
-def jit(function: Callable[..., Any], *, is_training: bool = False, **options: Any) -> Callable[..., Any]:
+@runtime_checkable
+class Jitted(Protocol):
+    """What `jit` returns."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the compiled function."""
+        ...
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """Its program for these arguments, as of `jax.jit`."""
+        ...
+
+
+def jit(function: Callable[..., Any], *, is_training: bool = False, **options: Any) -> Jitted:
     """`jax.jit(function, **options)`, made at the first call, so that importing a module starts no backend.
 
     `compiler_options` says how it is compiled.
@@ -43,7 +56,7 @@ def jit(function: Callable[..., Any], *, is_training: bool = False, **options: A
     """
 
     @functools.cache
-    def compiled(platform: str, forced: frozenset[tuple[str, str]]) -> Callable[..., Any]:
+    def compiled(platform: str, forced: frozenset[tuple[str, str]]) -> Jitted:
         # JAX keeps traces by function, so each choice needs a function of its own.
         @functools.wraps(function)
         def own(*args: Any, **kwargs: Any) -> Any:
@@ -57,4 +70,8 @@ def jit(function: Callable[..., Any], *, is_training: bool = False, **options: A
             return function(*args, **kwargs)
         return compiled(jax.default_backend(), ops.forced_implementations())(*args, **kwargs)
 
-    return call
+    def lower(*args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        return compiled(jax.default_backend(), ops.forced_implementations()).lower(*args, **kwargs)
+
+    call.lower = lower  # pyright: ignore[reportAttributeAccessIssue]
+    return cast(Jitted, call)

@@ -14,10 +14,12 @@ WORKLOADS = (Workload("prefill", 1, 64), Workload("decode", 2, 64, steps=2), Wor
 
 
 def test_both_sides_run_the_same_model():
-    report = bench_model(ModelConfig.tiny().without_mtp(), WORKLOADS, against="transformers", repetitions=1)
+    report = bench_model(
+        ModelConfig.tiny().without_mtp(), WORKLOADS, against="transformers", repetitions=1, products=True
+    )
     assert report["peer_logit_difference"] < 2e-4
     assert [row["what"] for row in report["rows"]] == [work.name for work in WORKLOADS]
     for row in report["rows"]:
-        assert min(row["ours"], row["peer"], row["share_of_limit"]) > 0
+        assert min(row["ours"], row["peer"], row["share_of_limit"], row["products_alone"]) > 0
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
     assert min(report["limits"].values()) > 0

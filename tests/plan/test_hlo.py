@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from kernels_pallas.grouped_experts import grouped_experts
 from kernels_pallas.loops import data_loop, expected_trips
 from v4jax.plan.costs import program_costs, replica_groups
 from v4jax.plan.hlo import Program, parse_shapes
@@ -54,6 +55,21 @@ def test_expectations_belong_to_the_loop_right_inside_their_scope():
     assert expected_trips("jit(f)/about_3.500_trips/while") == 3.5
     assert expected_trips("jit(f)/about_3_trips/while/body/about_2_trips/while") == 2
     assert expected_trips("jit(f)/about_3_trips/while/body/while") is None
+    assert expected_trips("jit(f)/transpose(jvp(about_2.500_trips))/while") == 2.5
+    assert expected_trips("jit(f)/transpose(jvp(about_3_trips))/while/body/add") is None
+
+
+def test_loops_of_a_gradient_count_as_expected():
+    def objective(x, w1, w3, w2, weights, experts):
+        return jnp.sum(grouped_experts(x, w1, w3, w2, experts, weights, limit=1.0, implementation="xla") ** 2)
+
+    arguments = (zeros(64, 16), *(zeros(4, 8, 16), zeros(4, 8, 16), zeros(4, 16, 8)), zeros(64, 2))
+    gradient = jax.grad(objective, argnums=(0, 1, 2, 3))
+    costs = program_costs(compiled(gradient, *arguments, zeros(64, 2, dtype=jnp.int32)))
+    assert len(costs.loops) == 4
+    assert not any(loop.endswith("counted once") for loop in costs.loops)
+    # Forward, and twice that backward, of 128 picks in blocks of 16 rows, half a block of padding per expert.
+    assert costs.flops == pytest.approx(3 * 3 * 2 * 16 * 8 * (128 + 4 * 8), rel=0.02)
 
 
 def entry(body, *computations):

@@ -13,7 +13,7 @@ from v4jax.cache import Cache
 from v4jax.compilation import jit
 from v4jax.errors import UserError
 from v4jax.model.transformer import Transformer
-from v4jax.serve.sampling import sample
+from v4jax.serve.sampling import sample, sequence_keys
 
 _MIN_CHUNK = 16
 
@@ -85,6 +85,20 @@ class Decoder:
     ) -> tuple[Int[Array, " B"], Cache]:
         """One more token of each sequence, and the drawn next one. The cache given is consumed."""
         return _step_and_sample(self._structure, self._leaves, tokens, cache, keys, temperature, top_p)
+
+    def lower_prefill(self, batch: int, length: int, max_length: int) -> jax.stages.Lowered:
+        """The program of the first chunk of `batch` prompts of `length` tokens."""
+        size = min(self.chunk, _bucket(length))
+        tokens, count = jax.ShapeDtypeStruct((batch, size), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+        hidden = jax.ShapeDtypeStruct((batch, self.model.config.hidden_size), self.model.policy.compute)
+        cache = jax.eval_shape(lambda: self.model.init_cache(batch, max_length))
+        return _prefill.lower(self._structure, self._leaves, tokens, count, hidden, cache)
+
+    def lower_step_and_sample(self, batch: int, max_length: int) -> jax.stages.Lowered:
+        """The program of `step_and_sample`."""
+        cache = jax.eval_shape(lambda: self.model.init_cache(batch, max_length))
+        tokens, keys = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.eval_shape(lambda: sequence_keys(0, batch))
+        return _step_and_sample.lower(self._structure, self._leaves, tokens, cache, keys, 1.0, 1.0)
 
 
 def _bucket(length: int) -> int:

@@ -6,7 +6,7 @@ are flat dicts by dotted parameter name, which is also how they are saved. Insid
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from v4jax.compilation import jit
+from v4jax.compilation import Jitted, jit
 from v4jax.config import ModelConfig, RouterKind, layer_plan
 from v4jax.model.params import RouterBias
 from v4jax.model.transformer import Transformer
@@ -187,7 +187,13 @@ class StepMetrics(NamedTuple):
     """Largest expert load of a layer over its mean, averaged over layers: 1 when balanced."""
 
 
-TrainStep = Callable[[TrainState, Arrays, Batch], tuple[TrainState, StepMetrics]]
+@runtime_checkable
+class TrainStep(Jitted, Protocol):
+    """What `make_train_step` returns."""
+
+    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch, /) -> tuple[TrainState, StepMetrics]:
+        """Takes one step; the state is donated."""
+        ...
 
 
 def make_train_step(
