@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas.loops import data_loop
+from v4jax import bench
 from v4jax.bench_products import products_of, seconds_alone
+from v4jax.errors import UserError
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -43,3 +45,9 @@ def test_the_products_alone_take_what_they_take_one_by_one(lowered, is_cold):
     one = min(product.seconds(is_cold=is_cold) for product in runs if not product.batch[0])
     # Between two measurements on a busy machine; no product takes a tenth of another of its size.
     assert seconds_alone(lowered, is_cold=is_cold) > 8.5 * one / 10
+
+
+def test_products_alone_are_refused_where_programs_do_not_show_them(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="--products: got a gpu, need a CPU"):
+        bench.run(bench.Options(products=True))

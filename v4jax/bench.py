@@ -54,6 +54,10 @@ def run(options: Options) -> None:
     if options.repetitions < 1:
         raise UserError(f"--repetitions: got {options.repetitions}, need at least 1")
     check_json_place(options.json)
+    if options.products and jax.default_backend() != "cpu":
+        raise UserError(
+            f"--products: got a {jax.default_backend()}, need a CPU: only there programs keep products apart"
+        )
     report = bench_model(
         ModelConfig.bench().without_mtp(), WORKLOADS, against=options.against, repetitions=options.repetitions,
         products=options.products,

@@ -113,6 +113,16 @@ def test_a_damaged_summary_makes_the_token_files_again(folder: Path, tmp_path: P
     assert documents(corpora(folder, tmp_path / "data")["train"]) == documents(want["train"])
 
 
+@pytest.mark.parametrize("counts", [None, [], {}, {"documents": 3, "tokens": "9", "text_bytes": 1, "text_tokens": 1}])
+def test_a_summary_with_other_things_than_counts_makes_the_token_files_again(
+    folder: Path, tmp_path: Path, counts: object
+) -> None:
+    want = corpora(folder, tmp_path / "data")
+    summary = tmp_path / "data" / "data.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"train": counts}))
+    assert documents(corpora(folder, tmp_path / "data")["train"]) == documents(want["train"])
+
+
 def test_token_files_of_another_split_are_made_again(folder: Path, tmp_path: Path) -> None:
     few = corpora(folder, tmp_path / "out", fraction=0.1)["held_out"].num_documents
     assert corpora(folder, tmp_path / "out", fraction=0.6)["held_out"].num_documents > few

@@ -211,7 +211,13 @@ def _read_summary(done: Path) -> dict[str, Any]:
         found = json.loads(done.read_text())
     except ValueError:
         return {}
-    return found if isinstance(found, dict) and found.keys() >= {"train", "held_out"} else {}
+    is_whole = isinstance(found, dict) and all(_are_counts(found.get(split)) for split in ("train", "held_out"))
+    return found if is_whole else {}
+
+
+def _are_counts(found: Any) -> bool:
+    names = ("documents", "tokens", "text_bytes", "text_tokens")
+    return isinstance(found, dict) and all(type(found.get(name)) is int and found[name] >= 0 for name in names)
 
 
 def _plan(source: TextSource, fraction: float) -> tuple[Callable[[], Iterator[str]], np.ndarray]:
