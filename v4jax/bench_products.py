@@ -1,7 +1,7 @@
 """The matrix products of a compiled program, each timed alone: nothing around them can make the program faster.
 
-XLA chooses the kernels of its products by shape. Their sum is therefore what a workload takes at best with this version
-of XLA on this machine, whatever the model's code does with masks, norms and copies.
+XLA chooses the kernels of its products by shape. Their sum is therefore what a program with products of these shapes
+takes at best with this version of XLA on this machine, whatever becomes of masks, norms and copies.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from v4jax.plan.hlo import Computation, Instruction, Program, Shape
 Dimensions = tuple[int, ...]
 
 _COLD_BYTES = 1 << 27
-"""Operands that are read in turns, so that none is found in a cache."""
+"""Operands that are read in turns, so that none is found in a cache; fewer for small products (`_MOST_COPIES`)."""
 _LEAST_FLOPS = 2e8
 """Of one call, so that starting it does not count."""
 _MOST_COPIES = 256
