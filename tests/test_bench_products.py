@@ -6,8 +6,9 @@ import pytest
 
 from kernels_pallas.loops import data_loop
 from v4jax import bench
-from v4jax.bench_products import products_of, seconds_alone
+from v4jax.bench_products import product_alone, products_alone
 from v4jax.errors import UserError
+from v4jax.plan.costs import program_costs
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -31,7 +32,7 @@ def lowered():
 
 
 def test_each_product_counts_as_often_as_it_runs(lowered):
-    runs = products_of(lowered.compile().as_text())
+    runs = program_costs(lowered.compile().as_text()).products
     square = {product: count for product, count in runs.items() if not product.batch[0]}
     assert sum(square.values()) == 6 + 2.5
     assert {product.flops for product in square} == {2 * 256**3}
@@ -41,10 +42,10 @@ def test_each_product_counts_as_often_as_it_runs(lowered):
 
 @pytest.mark.parametrize("is_cold", [False, True])
 def test_the_products_alone_take_what_they_take_one_by_one(lowered, is_cold):
-    runs = products_of(lowered.compile().as_text())
-    one = min(product.seconds(is_cold=is_cold) for product in runs if not product.batch[0])
+    runs = program_costs(lowered.compile().as_text()).products
+    one = min(product_alone(product, is_cold=is_cold) for product in runs if not product.batch[0])
     # Between two measurements on a busy machine; no product takes a tenth of another of its size.
-    assert seconds_alone(lowered, is_cold=is_cold) > 8.5 * one / 10
+    assert products_alone(lowered, is_cold=is_cold) > 8.5 * one / 10
 
 
 def test_products_alone_are_refused_where_programs_do_not_show_them(monkeypatch):

@@ -53,7 +53,7 @@ ALLOWED = {
     "v4jax.plotting": set(),
     "v4jax.cost": STORED,
     "v4jax.peer": USES | {"v4jax.cost"},
-    "v4jax.bench_products": {"v4jax.compilation", "v4jax.plan.hlo"},
+    "v4jax.bench_products": {"v4jax.compilation", "v4jax.plan.costs", "v4jax.plan.products"},
     "v4jax.bench_sides": USES | {"v4jax.cost", "v4jax.peer", "v4jax.bench_products"},
     "v4jax.bench": USES | KERNELS | {"v4jax.cost", "v4jax.bench_sides"},
     "v4jax.bench_kernels": KERNELS | {"v4jax.errors", "v4jax.bench_kernels_report"},

@@ -54,10 +54,9 @@ def run(options: Options) -> None:
     if options.repetitions < 1:
         raise UserError(f"--repetitions: got {options.repetitions}, need at least 1")
     check_json_place(options.json)
-    if options.products and jax.default_backend() != "cpu":
-        raise UserError(
-            f"--products: got a {jax.default_backend()}, need a CPU: only there programs keep products apart"
-        )
+    platform = jax.default_backend()
+    if options.products and platform != "cpu":
+        raise UserError(f"--products: got a {platform}, need a CPU: only there programs keep products apart")
     report = bench_model(
         ModelConfig.bench().without_mtp(), WORKLOADS, against=options.against, repetitions=options.repetitions,
         products=options.products,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.bench_products import seconds_alone
+from v4jax.bench_products import products_alone
 from v4jax.compilation import jit
 from v4jax.config import ModelConfig
 from v4jax.cost import Run, Workload
@@ -218,7 +218,7 @@ class Ours:
             lowered = self._decoder.lower_prefill(work.batch, work.length, work.length + 1)
         else:
             lowered = self._decoder.lower_step_and_sample(work.batch, work.length + 1 + self.calls * work.steps)
-        seconds = seconds_alone(lowered, is_cold=work.kind == "decode")
+        seconds = products_alone(lowered, is_cold=work.kind == "decode")
         return seconds * (work.steps if work.kind == "decode" else 1)
 
     def distinct_experts(self, work: Workload) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kernels_pallas.loops import expected_share
 from v4jax.plan.hlo import Computation, Instruction, Program, Shape
+from v4jax.plan.products import Product
 
 _SILENT = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
@@ -41,6 +42,8 @@ class Costs:
     """Of products: 2 per multiplied pair."""
     unit_flops: float = 0.0
     """The same in units of what the matrix unit does: float32 products at full precision count up to six times."""
+    products: Counter[Product] = dataclasses.field(default_factory=Counter)
+    """How often each `dot` runs, those with other operands and attributes apart."""
     hbm_bytes: float = 0.0
     """Read and written; what the compiler keeps in VMEM does not count."""
     collectives: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
@@ -58,7 +61,11 @@ class Costs:
         self.flops += times * other.flops
         self.unit_flops += times * other.unit_flops
         self.hbm_bytes += times * other.hbm_bytes
-        for mine, its in ((self.collectives, other.collectives), (self.collective_calls, other.collective_calls)):
+        for mine, its in (
+            (self.products, other.products),
+            (self.collectives, other.collectives),
+            (self.collective_calls, other.collective_calls),
+        ):
             for key, value in its.items():
                 mine[key] += times * value  # pyright: ignore
         self.largest_gather = max(self.largest_gather, other.largest_gather)
@@ -155,7 +162,12 @@ class _Reader:
         if one.operation not in ("dot", "convolution"):
             return
         left, right = (home.instructions[name].shapes[0] for name in one.operands[:2])
-        count = (_dot_flops if one.operation == "dot" else _convolution_flops)(one, left, right)
+        if one.operation == "dot":
+            product = Product.of(home, one)
+            count = product.flops
+            total.products[product] += 1
+        else:
+            count = _convolution_flops(one, left, right)
         precision = re.search(r"operand_precision=\{([\w,]+)\}", one.attributes)
         is_float32 = "f32" in (left.dtype, right.dtype)
         passes = max(_PASSES.get(name, 1) for name in precision[1].split(",")) if precision and is_float32 else 1
@@ -335,12 +347,6 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
             order = order.transpose([int(n) for n in iota[3].split(",")])
         return order.reshape(shape)
     return np.arange(max(devices, 1))[None]
-
-
-def _dot_flops(one: Instruction, left: Shape, right: Shape) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-    sizes = [left.dims[int(n)] for n in contracted[1].split(",") if n] if contracted else []
-    return 2.0 * one.shapes[0].elements * math.prod(sizes)
 
 
 def _convolution_flops(one: Instruction, left: Shape, right: Shape) -> float:
