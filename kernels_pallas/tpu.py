@@ -100,6 +100,11 @@ def chip_named(name: str) -> Chip:
     return CHIPS[name]
 
 
+def current_platform() -> str:
+    """The platform that is compiled for, "cpu", "gpu" or "tpu": that of `jax.default_device`, or else the default's."""
+    return _current_device().platform
+
+
 def current_chip(chip: str | Chip | None = None) -> Chip:
     """The chip that a kernel is compiled for.
 
@@ -115,15 +120,18 @@ def current_chip(chip: str | Chip | None = None) -> Chip:
         return chip
     if chip is not None:
         return chip_named(chip)
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
+    device = _current_device()
     for known in CHIPS.values():
         if device.device_kind in known.device_kinds:
             return known
     if device.platform == "tpu":
         raise ValueError(f"TPU kind: got {device.device_kind!r}, kernels know {', '.join(CHIPS)}; name one as `chip`")
     return CHIPS[_INTERPRETED]
+
+
+def _current_device() -> Any:
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.devices(device)[0] if device is None or isinstance(device, str) else device
 
 
 def vmem_budget(chip: Chip) -> int:

@@ -17,7 +17,7 @@ from v4jax.plan.products import Product
 
 _COLD_BYTES = 1 << 27
 """Operands that are read in turns, so that none is found in a cache; fewer for small products (`_MOST_COPIES`)."""
-_LEAST_FLOPS = 2e8
+_LEAST_FLOPS = 2e9
 """Of one call, so that starting it does not count."""
 _MOST_COPIES = 256
 _CALLS = 5

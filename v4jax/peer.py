@@ -37,7 +37,7 @@ class Transformers:
             _copy_weights(model, config, self.module.state_dict(), torch.from_numpy)
 
     def _tokens(self, work: Workload) -> Any:
-        return self._torch.from_numpy(work.draw(self.config.vocab_size)).long()
+        return self._torch.from_numpy(work.draw(self.config.vocab_size)).long().to(self.module.device)
 
     def logit_difference(self, model: Transformer) -> float:
         """The largest difference of any logit from ours, on one prompt: whether both sides do the same work."""

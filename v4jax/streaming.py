@@ -17,11 +17,12 @@ from v4jax.checkpoint.reader import Checkpoint, ParameterDType
 from v4jax.compilation import jit
 from v4jax.config import layer_plan
 from v4jax.dtypes import DTypePolicy
+from v4jax.model.dots import full_dot
 from v4jax.model.inputs import LayerInputs, full_inputs
 from v4jax.model.layer import DecoderLayer, Residual
 from v4jax.model.moe import Routing
 from v4jax.model.mtp import next_tokens
-from v4jax.model.params import Declare, full_dot
+from v4jax.model.params import Declare
 from v4jax.model.tensors import fill
 from v4jax.model.transformer import Transformer
 

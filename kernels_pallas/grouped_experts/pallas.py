@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_experts import kernel_fp4, tiles, xla
+from kernels_pallas.grouped_experts.blocks import expected_tiles
 from kernels_pallas.grouped_experts.reference import swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import part_of_grid
@@ -160,7 +161,7 @@ def grouped_experts(
         rows = tiles.rows_of_tile(picks, count)
         if kernel_fp4.is_for(x, stacks, rows, chip):
             grouped = tiles.group(experts, weights, count, rows)
-            expected = xla.expected_load(picks, count, rows).tiles
+            expected = expected_tiles(picks, count, rows)
             return kernel_fp4.forward(x, stacks, grouped, rows, limit=limit, expected=expected, chip=chip)
     if not is_plain or x.dtype != jnp.bfloat16 or picks < w1.shape[0] * _MANY:
         return xla.grouped_experts(x, *stacks, experts, weights, limit=limit, expected_picks=expected_picks)

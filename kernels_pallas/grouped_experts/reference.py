@@ -26,10 +26,17 @@ def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
 
 def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     """X [T, I] · weight [O, I]ᵀ in float32, at full precision for float32 operands."""
-    precision = _HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    return _dot(x, weight, ((1,), (1,)))
+
+
+def dot_row(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same of one row, [I] to [O]."""
+    return _dot(weight, x, ((1,), (0,)))
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    precision = _HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def grouped_experts(

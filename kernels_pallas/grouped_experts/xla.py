@@ -1,16 +1,16 @@
 """Experts by sorted blocks: tokens are grouped by expert, and an outer loop over the experts with work takes each one's
-matrices once for an inner loop over its blocks of rows.
+matrices once for inner loops over its blocks of rows.
 
 No array of [tokens, experts] or [experts, capacity] exists, no token is dropped, and the work is that of the chosen
-experts rounded up to a block each. Plain dots in a loop, because `lax.ragged_dot` is many times slower than a dense
-product off TPU. Quantised matrices are dequantised one expert at a time.
+experts, rounded up to a small block each (`blocks`). Plain dots in a loop, because `lax.ragged_dot` is many times
+slower than a dense product off TPU. Quantised matrices are dequantised one expert at a time.
 
 Which form runs: a stack that is addressed by layer (inference on TPU), one loop over tiles of rows (`tiles`); up to 8
-picks, one by one; other small blocks, weights first; else rows first. Only plain arrays have a gradient.
+picks, each with its own matrices; other small blocks, weights first; else rows first. Only plain arrays have a
+gradient.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,16 +20,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_experts import tiles
-from kernels_pallas.grouped_experts.reference import dot, swiglu
+from kernels_pallas.grouped_experts.blocks import Blocks, blocks_for, expected_tiles, over_blocks
+from kernels_pallas.grouped_experts.reference import dot, dot_row, swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import data_loop
 from kernels_pallas.ordering import gather_sum
 
-_MAX_BLOCK, _MIN_BLOCK = 128, 4
 _WEIGHTS_FIRST = 16
-"""Blocks up to this many rows are multiplied as weights · rowsᵀ: XLA packs the second operand, here the smaller one."""
-_UNROLLED_PICKS = 8
-"""Up to this many (token, expert) pairs run one by one: no sort, no padding, and independent dots run in parallel."""
+"""Units up to this many rows are multiplied as weights · rowsᵀ: XLA packs the second operand, here the smaller one."""
+_FEW_PICKS = 8
+"""Up to this many (token, expert) pairs each get their own copy of the expert's matrices: no sort, no padding."""
 
 
 Stacks = tuple[ExpertStack, ExpertStack, ExpertStack]
@@ -50,40 +50,12 @@ class _Groups(NamedTuple):
     active: jax.Array
     """Number of experts with work."""
     first: jax.Array
-    """[E]: first block of each expert; its blocks end where `last` says."""
+    """[E]: first unit of rows of each expert; its rows end where `last` says."""
     last: jax.Array
-
-
-class _Expected(NamedTuple):
-    """Lengths of the loops under an even load."""
-
-    experts: float
-    """With work."""
-    blocks: float
-    """Per expert with work."""
-
-    @property
-    def tiles(self) -> float:
-        """In all."""
-        return self.experts * self.blocks
-
-
-def expected_load(picks: float, experts: int, block: int) -> _Expected:
-    """Of `picks` that fall on `experts` at random: empty ones by the Poisson law, and half a block of padding each."""
-    mean = picks / experts
-    active = experts * -math.expm1(-mean)
-    per_expert = mean * experts / max(active, 1e-9)
-    return _Expected(active, max(1.0, per_expert / block + 0.5))
 
 
 def _stacks(matrices: tuple[jax.Array, ...]) -> Stacks:
     return tuple(ExpertStack(matrix) for matrix in matrices)  # pyright: ignore
-
-
-def _block_size(picks: int, experts: int) -> int:
-    """A power of two near half the mean load, which wastes a quarter of the mean load per expert on padding."""
-    mean = max(picks // experts, 1)
-    return int(np.clip(1 << max(mean.bit_length() - 2, 0), _MIN_BLOCK, _MAX_BLOCK))
 
 
 def _group(experts: jax.Array, weights: jax.Array, count: int, block: int) -> _Groups:
@@ -111,16 +83,16 @@ def _group(experts: jax.Array, weights: jax.Array, count: int, block: int) -> _G
     )  # fmt: skip
 
 
-def _rows(array: jax.Array, index: jax.Array, block: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, index * block, block)
+def _rows(array: jax.Array, row: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, row, count)
 
 
-def _put(array: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), index * rows.shape[0], 0)
+def _put(array: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), row, 0)
 
 
 def _forward(
-    x: jax.Array, matrices: Stacks, groups: _Groups, block: int, limit: float, expected: _Expected, *, keep: bool
+    x: jax.Array, matrices: Stacks, groups: _Groups, blocks: Blocks, limit: float, *, keep: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """The combined output [T, D] float32 and, if `keep`, gate and up [R, 2F] for the backward pass."""
 
@@ -128,19 +100,18 @@ def _forward(
         expert = groups.expert[i]
         into, w2 = _into(matrices, expert, x.dtype), matrices[2].one(expert, x.dtype)
 
-        def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            both = dot(x[_rows(groups.token, j, block)], into)
-            z = _swiglu(both, limit) * _rows(groups.share, j, block)[:, None]
+        def one_block(row: jax.Array, size: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            both = dot(x[_rows(groups.token, row, size)], into)
+            z = _swiglu(both, limit) * _rows(groups.share, row, size)[:, None]
             results = (dot(z.astype(x.dtype), w2), both)
-            return tuple(_put(array, value, j) for array, value in zip(state, results, strict=False))
+            return tuple(_put(array, value, row) for array, value in zip(state, results, strict=False))
 
-        first, last = groups.first[expert], groups.last[expert]
-        return data_loop(first, last, one_block, state, expected=expected.blocks)
+        return over_blocks(groups.first[expert], groups.last[expert], blocks, one_block, state)
 
     rows, hidden = groups.token.shape[0], matrices[0].shape[1]
     widths = (x.shape[1], 2 * hidden) if keep else (x.shape[1],)
     state = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
-    out, *kept = data_loop(0, groups.active, one_expert, state, expected=expected.experts)
+    out, *kept = data_loop(0, groups.active, one_expert, state, expected=blocks.experts)
     return gather_sum(out, groups.slot), kept[0] if keep else None
 
 
@@ -154,25 +125,23 @@ def _swiglu(both: jax.Array, limit: float) -> jax.Array:
     return swiglu(gate, up, limit)
 
 
-def _forward_few(
-    x: jax.Array, matrices: Stacks, groups: _Groups, block: int, limit: float, expected: _Expected
-) -> jax.Array:
+def _forward_few(x: jax.Array, matrices: Stacks, groups: _Groups, blocks: Blocks, limit: float) -> jax.Array:
     """`_forward` for small blocks: products are weights · rowsᵀ, and rows are columns until the end."""
 
     def one_expert(i: jax.Array, out: jax.Array) -> jax.Array:
         expert = groups.expert[i]
         w1, w3, w2 = (matrix.one(expert, x.dtype) for matrix in matrices)
 
-        def one_block(j: jax.Array, out: jax.Array) -> jax.Array:
-            x_block = x[_rows(groups.token, j, block)]
-            z = swiglu(dot(w1, x_block), dot(w3, x_block), limit) * _rows(groups.share, j, block)
+        def one_block(row: jax.Array, size: int, out: jax.Array) -> jax.Array:
+            x_block = x[_rows(groups.token, row, size)]
+            z = swiglu(dot(w1, x_block), dot(w3, x_block), limit) * _rows(groups.share, row, size)
             columns = dot(w2, z.astype(x.dtype).T)
-            return jax.lax.dynamic_update_slice_in_dim(out, columns, j * block, 1)
+            return jax.lax.dynamic_update_slice_in_dim(out, columns, row, 1)
 
-        return data_loop(groups.first[expert], groups.last[expert], one_block, out, expected=expected.blocks)
+        return over_blocks(groups.first[expert], groups.last[expert], blocks, one_block, out)
 
     out = jnp.zeros((x.shape[1], groups.token.shape[0]), jnp.float32)
-    return gather_sum(data_loop(0, groups.active, one_expert, out, expected=expected.experts).T, groups.slot)
+    return gather_sum(data_loop(0, groups.active, one_expert, out, expected=blocks.experts).T, groups.slot)
 
 
 def _inference(
@@ -182,12 +151,29 @@ def _inference(
     count, is_one_of_many = matrices[0].shape[0], matrices[0].layer is not None
     if is_one_of_many:
         rows = tiles.rows_of_tile(picks, count)
-        return tiles.forward(x, matrices, experts, weights, rows, limit, expected_load(picks, count, rows).tiles)
-    block = _block_size(int(picks), count)
-    groups, expected = _group(experts, weights, count, block), expected_load(picks, count, block)
-    if block <= _WEIGHTS_FIRST:
-        return _forward_few(x, matrices, groups, block, limit, expected)
-    return _forward(x, matrices, groups, block, limit, expected, keep=False)[0]
+        return tiles.forward(x, matrices, experts, weights, rows, limit, expected_tiles(picks, count, rows))
+    blocks = blocks_for(picks, count)
+    groups = _group(experts, weights, count, blocks.unit)
+    if blocks.unit <= _WEIGHTS_FIRST:
+        return _forward_few(x, matrices, groups, blocks, limit)
+    return _forward(x, matrices, groups, blocks, limit, keep=False)[0]
+
+
+def _few_picks(x: jax.Array, matrices: Stacks, experts: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
+    """Each pick with its own copy of its expert's matrices, all in one batched product.
+
+    XLA's CPU runs the entries of a batch on all threads, a matrix times one row on one.
+    """
+    tokens, choices = experts.shape
+
+    def each(rows: jax.Array, stack: ExpertStack) -> jax.Array:
+        matrix = jnp.stack([stack.one(expert, x.dtype) for expert in experts.reshape(-1)])
+        return jax.vmap(dot_row)(rows.astype(x.dtype), matrix)
+
+    rows = jnp.repeat(x, choices, axis=0)
+    share = jnp.where(experts < matrices[0].shape[0], weights, 0.0).reshape(-1, 1)
+    z = swiglu(each(rows, matrices[0]), each(rows, matrices[1]), limit) * share
+    return jnp.sum(each(z, matrices[2]).reshape(tokens, choices, -1), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -201,17 +187,16 @@ def _experts_fwd(
     x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float, picks: float
 ) -> tuple[jax.Array, tuple]:
     count = matrices[0].shape[0]
-    block = _block_size(int(picks), count)
-    groups = _group(experts, weights, count, block)
-    out, both = _forward(x, _stacks(matrices), groups, block, limit, expected_load(picks, count, block), keep=True)
+    blocks = blocks_for(picks, count)
+    groups = _group(experts, weights, count, blocks.unit)
+    out, both = _forward(x, _stacks(matrices), groups, blocks, limit, keep=True)
     return out, (x, matrices, experts, weights, groups, both)
 
 
 def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> tuple:
     x, matrices, experts, weights, groups, both = saved
     count, dtype = matrices[0].shape[0], x.dtype
-    block = _block_size(int(picks), count)
-    expected = expected_load(picks, count, block)
+    blocks = blocks_for(picks, count)
     hidden_size = matrices[0].shape[1]
 
     def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -223,22 +208,22 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
         into, w2 = _into(_stacks(matrices), expert, dtype).T, matrices[2][expert].T
 
         # A padding row repeats a real token, but its share of 0 keeps it out of every sum.
-        def one_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def one_block(row: jax.Array, size: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_x, d_share, d_into, d_w2 = state
-            token, share = _rows(groups.token, j, block), _rows(groups.share, j, block)[:, None]
+            token, share = _rows(groups.token, row, size), _rows(groups.share, row, size)[:, None]
             x_block, d_block = x[token], d_out[token].astype(dtype)
-            hidden, pull = jax.vjp(lambda both: _swiglu(both, limit), _rows(both, j, block))
+            hidden, pull = jax.vjp(lambda both: _swiglu(both, limit), _rows(both, row, size))
             d_z = dot(d_block, w2)
             d_both = pull(d_z * share)[0].astype(dtype)
-            d_share = _put(d_share, jnp.sum(d_z * hidden, axis=-1), j)
-            d_x = _put(d_x, dot(d_both, into), j)
+            d_share = _put(d_share, jnp.sum(d_z * hidden, axis=-1), row)
+            d_x = _put(d_x, dot(d_both, into), row)
             return d_x, d_share, d_into + over_rows(d_both, x_block), d_w2 + over_rows(d_block, hidden * share)
 
         d_x, d_share, *d_matrices = state
         zeros = jnp.zeros(into.shape[::-1], jnp.float32), jnp.zeros(w2.shape[::-1], jnp.float32)
         state = (d_x, d_share, *zeros)
         bounds = groups.first[expert], groups.last[expert]
-        d_x, d_share, d_into, d_w2 = data_loop(*bounds, one_block, state, expected=expected.blocks)
+        d_x, d_share, d_into, d_w2 = over_blocks(*bounds, blocks, one_block, state)
         own = (d_into[:hidden_size], d_into[hidden_size:], d_w2)
         return (
             d_x,
@@ -249,7 +234,7 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
     rows = groups.token.shape[0]
     state = (jnp.zeros((rows, x.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32))
     state = (*state, *(jnp.zeros_like(matrix) for matrix in matrices))
-    d_x, d_share, *d_matrices = data_loop(0, groups.active, one_expert, state, expected=expected.experts)
+    d_x, d_share, *d_matrices = data_loop(0, groups.active, one_expert, state, expected=blocks.experts)
     no_gradient = np.zeros(experts.shape, jax.dtypes.float0)
     d_x = gather_sum(d_x, groups.slot).astype(dtype)
     d_weights = jnp.where(experts < matrices[0].shape[0], d_share[groups.slot], 0.0)
@@ -273,19 +258,9 @@ def grouped_experts(
     """See `api.grouped_experts`."""
     tokens, choices = experts.shape
     stacks = (w1, w3, w2)
-    if tokens * choices > _UNROLLED_PICKS or w1.layer is not None:
+    if tokens * choices > _FEW_PICKS or w1.layer is not None:
         picks = float(tokens * choices) if expected_picks is None else expected_picks
         if any(stack.layer is not None or stack.scale is not None for stack in stacks):
             return _inference(x, stacks, experts, weights, limit, picks)
         return _experts(x, (w1.values, w3.values, w2.values), experts, weights, limit, picks)
-    out = []
-    for t in range(tokens):
-        row = x[t : t + 1]
-        total = jnp.zeros((1, x.shape[1]), jnp.float32)
-        for k in range(choices):
-            gate, up, down = (stack.one(experts[t, k], x.dtype) for stack in stacks)
-            weight = jnp.where(experts[t, k] < w1.shape[0], weights[t, k], 0.0)
-            z = swiglu(dot(row, gate), dot(row, up), limit) * weight
-            total = total + dot(z.astype(x.dtype), down)
-        out.append(total)
-    return jnp.concatenate(out)
+    return _few_picks(x, stacks, experts, weights, limit)

@@ -6,7 +6,7 @@ import pytest
 
 from kernels_pallas import llo
 from kernels_pallas.cases import Case, Matmul, accepted_cycles, all_cases, find_cases, floor_cycles
-from kernels_pallas.tpu import CHIPS, check_vmem, chip_named, current_chip, tile_bytes
+from kernels_pallas.tpu import CHIPS, check_vmem, chip_named, current_chip, current_platform, tile_bytes
 
 LISTING = """
      0   :  { %7 = vsyncpa [#allocation3], 0 }
@@ -85,6 +85,7 @@ def test_the_chip_is_that_of_the_argument_or_the_default_device():
     assert current_chip(CHIPS["v6e"]) is CHIPS["v6e"]
     with jax.default_device(jax.devices("cpu")[0]):
         assert current_chip().vmem_bytes == min(chip.vmem_bytes for chip in CHIPS.values())
+        assert current_platform() == "cpu"
     with pytest.raises(ValueError, match="got 'v9', need one of v5e"):
         chip_named("v9")
 

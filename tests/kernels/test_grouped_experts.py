@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from kernels_pallas.grouped_experts import grouped_experts, xla
+from kernels_pallas.grouped_experts.blocks import blocks_for, over_blocks
 
 LIMIT = 1.0
 
@@ -30,16 +31,17 @@ def by_definition(x, matrices, chosen, weights):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40, 300])
 def test_equals_the_definition(implementation, tokens):
     x, matrices, chosen, weights = problem(0, 6, tokens, 3)
     got = grouped_experts(x, *matrices, jnp.asarray(chosen), weights, limit=LIMIT, implementation=implementation)
     np.testing.assert_allclose(got, by_definition(x, matrices, chosen, weights), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("tokens", [60, 401])  # one size of blocks, and several
 @pytest.mark.parametrize("load", ["even", "one takes all", "some have none"])
-def test_gradients_equal_the_references_for_any_load(load):
-    x, matrices, chosen, weights = problem(1, 5, 60, 2)
+def test_gradients_equal_the_references_for_any_load(load, tokens):
+    x, matrices, chosen, weights = problem(1, 5, tokens, 2)
     if load == "one takes all":
         chosen[:, 0], chosen[:, 1] = 3, 1
     elif load == "some have none":
@@ -80,3 +82,31 @@ def test_every_pick_gets_its_own_row_and_its_experts_block(experts, tokens, bloc
     first, last = np.asarray(groups.first), np.asarray(groups.last)
     assert ((first[chosen] <= slot // block) & (slot // block < last[chosen])).all()
     assert set(np.asarray(groups.expert)[: int(groups.active)]) == set(np.unique(chosen))
+
+
+@pytest.mark.parametrize(("picks", "experts"), [(9, 256), (64, 32), (700, 7), (2048, 32), (8192, 32), (90_000, 8)])
+def test_blocks_cover_every_unit_once_and_run_as_often_as_expected(picks, experts):
+    blocks = blocks_for(picks, experts)
+    assert all(size == 2 * smaller for size, smaller in zip(blocks.sizes, blocks.sizes[1:], strict=False))
+    most = 3 * picks // experts // blocks.unit + 9  # units
+
+    def mark(row, size, state):
+        seen, passes = state
+        seen = jax.lax.dynamic_update_slice(seen, 1 + jax.lax.dynamic_slice(seen, (row,), (size,)), (row,))
+        return seen, passes.at[blocks.sizes.index(size)].add(1)
+
+    @jax.jit
+    def run(first, last):
+        start = jnp.zeros(most * blocks.unit, jnp.int32), jnp.zeros(len(blocks.sizes), jnp.int32)
+        return over_blocks(first, last, blocks, mark, start)
+
+    for first, last in ((0, 0), (0, 1), (1, most), (2, 7), (3, most - 1)):
+        want = np.zeros(most * blocks.unit, np.int32)
+        want[first * blocks.unit : last * blocks.unit] = 1
+        np.testing.assert_array_equal(run(first, last)[0], want)
+
+    rng = np.random.default_rng(0)
+    loads = rng.multinomial(picks, np.full(experts, 1 / experts), size=2000 // experts + 10).ravel()
+    loads = loads[loads > 0]
+    counts = np.stack([run(0, int(load))[1] for load in -(-loads // blocks.unit)])
+    np.testing.assert_allclose(blocks.passes, counts.mean(axis=0), rtol=0.1, atol=0.05)

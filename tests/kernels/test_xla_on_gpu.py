@@ -30,6 +30,10 @@ def device() -> jax.Device:
         pytest.skip("no GPU, or hidden from JAX: JAX_PLATFORMS=cuda,cpu shows one")
 
 
+def on_device(**arrays: np.ndarray) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
 def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -41,7 +45,7 @@ def attention(
     position = np.arange(length, dtype=np.int32)[None]
     end = (4 * np.arange(entries, dtype=np.int32) + 3)[None]
     chosen = np.argsort(draw(0, 1, length, entries))[..., : entries // 4].astype(np.int32)
-    fixed = dict(
+    fixed = on_device(
         q_position=position, q_segment=np.ones_like(position), key_segment=np.ones((1, 128 + length), np.int32),
         entry_end=end, entry_segment=np.ones_like(end), selection=chosen, sink=draw(1, heads),
     )  # fmt: skip
@@ -55,7 +59,7 @@ def attention(
 def attention_decode(batch: int = 64, entries: int = 2048, heads: int = 64, dim: int = 512) -> tuple[Any, Any]:
     """One query per sequence over its window and its selected entries."""
     chosen = np.argsort(draw(0, batch, entries))[:, : entries // 4].astype(np.int32)
-    fixed = dict(
+    fixed = on_device(
         ring_count=np.full(batch, 128, np.int32), sink=draw(1, heads), entry_count=np.full(batch, entries, np.int32),
         selection=chosen,
     )  # fmt: skip
@@ -67,21 +71,19 @@ def attention_decode(batch: int = 64, entries: int = 2048, heads: int = 64, dim:
 def experts(tokens: int = 2048, width: int = 2048, hidden: int = 1024, count: int = 32) -> tuple[Any, Any]:
     """Six of the experts per token."""
     picks = np.argsort(draw(0, tokens, count))[:, :6].astype(np.int32)
-    weights = np.full((tokens, 6), 1 / 6, np.float32)
+    fixed = on_device(experts=picks, weights=np.full((tokens, 6), 1 / 6, np.float32))
     floats = dict(
         x=draw(1, tokens, width), w1=draw(2, count, hidden, width) / width**0.5,
         w3=draw(3, count, hidden, width) / width**0.5, w2=draw(4, count, width, hidden) / hidden**0.5,
     )  # fmt: skip
     call = functools.partial(grouped_experts, limit=10.0)
-    return lambda floats, implementation: call(
-        **floats, experts=picks, weights=weights, implementation=implementation
-    ), floats
+    return lambda floats, implementation: call(**floats, **fixed, implementation=implementation), floats
 
 
 def hyper_connection(tokens: int = 2048, count: int = 4, width: int = 4096) -> tuple[Any, Any]:
     """Write, read, norm; parameters stay float32."""
     rows = count * (2 + count)
-    fixed = dict(
+    fixed = on_device(
         maps=np.abs(draw(0, rows, 1, tokens)) / count, fn=draw(1, rows, count * width) / (count * width) ** 0.5,
         base=draw(2, rows), scale=draw(3, 3), gain=np.ones(width, np.float32),
     )  # fmt: skip

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from v4jax import parallel
 from v4jax.cache import CompressorState, ring_extend, ring_put, ring_rows
 from v4jax.config import LayerSpec, ModelConfig
+from v4jax.model.dots import float32_dot
 from v4jax.model.inputs import LayerInputs
-from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role, float32_dot
+from v4jax.model.params import Constant, Declare, Linear, RMSNorm, Role
 from v4jax.model.rope import layer_frequencies, rotate, rotation
 from v4jax.quant import simulate_index, simulate_kv
 

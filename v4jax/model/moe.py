@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.formats import fp4_scale_shape
 from v4jax import ops, parallel
 from v4jax.config import LayerSpec, ModelConfig, RouterKind
+from v4jax.model.dots import float32_dot
 from v4jax.model.exchange import routed_experts
 from v4jax.model.inputs import LayerInputs
 from v4jax.model.params import (
@@ -25,7 +26,6 @@ from v4jax.model.params import (
     RouterBias,
     RoutingTable,
     declare_fp8,
-    float32_dot,
 )
 from v4jax.model.recomputation import kept
 from v4jax.quant import PackedCodes, PackedScales

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.formats import decode_fp8, fp8_scale_shape
 from v4jax import parallel
 from v4jax.dtypes import DTypePolicy
+from v4jax.model.dots import float32_dot, full_dot, grouped_dot
 from v4jax.quant import Codes, Scales
 from v4jax.sharding import Names
 
@@ -124,44 +125,6 @@ def declare_fp8(
     codes = declare(shape, axes=axes, role=role, init=init, dtype=jnp.float8_e4m3fn, kind=Codes)
     scales = fp8_scale_shape(shape, tile)
     return codes, declare(scales, axes=axes, role=role, init=init, dtype=scale_dtype, kind=Scales)
-
-
-def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy: DTypePolicy) -> Float[Array, "*T GO"]:
-    """Each group of channels through its own matrix, in the compute dtype; results side by side."""
-    x, weight = x.astype(policy.compute), weight.astype(policy.compute)
-    numbers = (((x.ndim - 1,), (2,)), ((x.ndim - 2,), (0,)))
-    out = jax.lax.dot_general(x, weight, numbers, precision=policy.precision, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-2], -1).astype(policy.compute)
-
-
-def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> jax.Array:
-    """`x · weightᵀ` accumulated and returned in float32."""
-    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def float32_dot(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:
-    """`x · weightᵀ` with both operands upcast to float32.
-
-    Gradients of a bfloat16 x are float32 sums of products exact to 16 bits, of which x's gradient keeps 8: half the
-    passes of the matrix unit.
-    """
-    return full_dot(x.astype(jnp.float32), weight.astype(jnp.float32))
-
-
-def _float32_dot_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
-    precision = jax.lax.Precision.HIGH if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    d_x = jnp.matmul(d_out, weight.astype(jnp.float32), precision=precision)
-    tokens = tuple(range(x.ndim - 1))
-    d_weight = jax.lax.dot_general(
-        d_out, x.astype(jnp.float32), ((tokens, tokens), ((), ())), precision=precision
-    )  # fmt: skip
-    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
-
-
-float32_dot.defvjp(lambda x, weight: (float32_dot(x, weight), (x, weight)), _float32_dot_backward)
 
 
 def rms_scale(x: jax.Array, eps: float) -> jax.Array:

@@ -17,10 +17,11 @@ from v4jax.compilation import jit
 from v4jax.config import ModelConfig, SegmentSpec, mtp_plan
 from v4jax.dtypes import DTypePolicy
 from v4jax.model import placed
+from v4jax.model.dots import full_dot
 from v4jax.model.inputs import Choices, LayerInputs, cached_inputs, full_inputs
 from v4jax.model.layer import HeadMixer, Residual
 from v4jax.model.mtp import MTPBlock, next_tokens
-from v4jax.model.params import Declare, Embedding, RMSNorm, full_dot
+from v4jax.model.params import Declare, Embedding, RMSNorm
 from v4jax.model.stack import Segment, declare_segments
 from v4jax.model.tensors import check_whole_blocks, fill, flatten, named_variables
 from v4jax.quant import check_simulation

@@ -1,0 +1,70 @@
+"""Products of activations with matrices in the checkpoint's [out, in] layout, accumulated in float32."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from v4jax import ops
+from v4jax.dtypes import DTypePolicy
+
+_LEAST_PART = 1 << 16
+"""Elements of a matrix that are worth a thread."""
+
+
+def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy: DTypePolicy) -> Float[Array, "*T GO"]:
+    """Each group of channels through its own matrix, in the compute dtype; results side by side."""
+    x, weight = x.astype(policy.compute), weight.astype(policy.compute)
+    numbers = (((x.ndim - 1,), (2,)), ((x.ndim - 2,), (0,)))
+    out = jax.lax.dot_general(x, weight, numbers, precision=policy.precision, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-2], -1).astype(policy.compute)
+
+
+def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> jax.Array:
+    """`x · weightᵀ` accumulated and returned in float32."""
+    rows, columns = weight.shape
+    parts = _parts(rows, columns) if x.size == columns else 1
+    if parts > 1:
+        weight, row = weight.reshape(parts, -1, columns), jnp.broadcast_to(x.reshape(-1), (parts, columns))
+        numbers = (((2,), (1,)), ((0,), (0,)))
+        out = jax.lax.dot_general(weight, row, numbers, precision=precision, preferred_element_type=jnp.float32)
+        return out.reshape(*x.shape[:-1], rows)
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def float32_dot(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:
+    """`x · weightᵀ` with both operands upcast to float32.
+
+    Gradients of a bfloat16 x are float32 sums of products exact to 16 bits, of which x's gradient keeps 8: half the
+    passes of the matrix unit.
+    """
+    return full_dot(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def _float32_dot_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    precision = jax.lax.Precision.HIGH if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    d_x = jnp.matmul(d_out, weight.astype(jnp.float32), precision=precision)
+    tokens = tuple(range(x.ndim - 1))
+    d_weight = jax.lax.dot_general(
+        d_out, x.astype(jnp.float32), ((tokens, tokens), ((), ())), precision=precision
+    )  # fmt: skip
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+float32_dot.defvjp(lambda x, weight: (float32_dot(x, weight), (x, weight)), _float32_dot_backward)
+
+
+def _parts(rows: int, columns: int) -> int:
+    """Groups of rows of a matrix that are multiplied by one vector as a batch; 1 where that is no faster.
+
+    XLA's CPU runs a matrix times a vector on one thread, which does not read as fast as the memory can, and the entries
+    of a batch on all threads.
+    """
+    if ops.current_platform() != "cpu":
+        return 1
+    most = max(min(os.cpu_count() or 1, rows * columns // _LEAST_PART), 1)
+    return next(parts for parts in range(most, 0, -1) if rows % parts == 0)
