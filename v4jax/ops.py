@@ -21,13 +21,12 @@ from kernels_pallas.index_topk.reference import scores as index_scores
 from kernels_pallas.loops import data_loop
 from kernels_pallas.ordering import by_key, gather_sum
 from kernels_pallas.sparse_attention import merge_partials
-from kernels_pallas.tpu import current_platform
+from kernels_pallas.vectors import matrix_vector
 from v4jax.errors import UsageError
 
 __all__ = [
     "ExpertStack",
     "by_key",
-    "current_platform",
     "data_loop",
     "forced_implementations",
     "gather_sum",
@@ -40,6 +39,7 @@ __all__ = [
     "index_topk",
     "index_topk_decode",
     "k_major",
+    "matrix_vector",
     "merge_partials",
     "sparse_attention",
     "sparse_attention_decode",

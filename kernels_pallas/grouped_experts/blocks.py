@@ -10,9 +10,8 @@ from kernels_pallas.loops import data_loop
 
 _State = TypeVar("_State")
 _MAX_UNIT, _MIN_UNIT = 128, 4
-_LARGE_UNIT = 32
-"""From here on there are larger blocks too. Below, an expert's rows fit one or two units, and a product of twice the
-rows takes longer than the padding that it saves."""
+_LARGE_UNIT = 16
+"""From here on there are larger blocks too."""
 _DOUBLINGS = 3
 
 
@@ -32,18 +31,21 @@ class Blocks(NamedTuple):
         return self.sizes[-1]
 
 
-def blocks_for(picks: float, experts: int) -> Blocks:
-    """For `picks` rows that fall on `experts` at random.
+def blocks_for(picks: float, experts: int, most: int) -> Blocks:
+    """For about `picks` rows that fall on `experts` at random, and never more than `most`.
 
-    The unit is a power of two up to half the mean load of small blocks and a quarter of that of large ones.
+    The unit is a power of two, up to half the mean load if that is small, else up to a quarter.
     """
     mean = max(picks / experts, 1e-6)
-    half = 1 << max(max(int(mean), 1).bit_length() - 2, 0)
-    unit = max(half // 2, _LARGE_UNIT) if half >= _LARGE_UNIT else half
-    unit = min(max(unit, _MIN_UNIT), _MAX_UNIT)
-    doublings = _DOUBLINGS if unit >= _LARGE_UNIT else 0
-    sizes = tuple(unit << i for i in range(doublings, -1, -1))
-    return Blocks(sizes, experts * -math.expm1(-mean), _passes(mean, sizes))
+    quarter = 1 << max(int(mean).bit_length() - 3, 0)
+    unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT) if mean >= _LARGE_UNIT else max(2 * quarter, _MIN_UNIT)
+    larger = (unit << i for i in range(_DOUBLINGS, 0, -1)) if unit >= _LARGE_UNIT else ()
+    return _blocks(mean, experts, (*(size for size in larger if size <= most), unit))
+
+
+def single_rows(picks: float, experts: int) -> Blocks:
+    """The same rows one by one."""
+    return _blocks(max(picks / experts, 1e-6), experts, (1,))
 
 
 def expected_tiles(picks: float, experts: int, rows: int) -> float:
@@ -74,8 +76,8 @@ def over_blocks(
     return state
 
 
-def _passes(mean: float, sizes: tuple[int, ...]) -> tuple[float, ...]:
-    """Blocks of each size, by the Poisson law of an expert's load, given that it has any."""
+def _blocks(mean: float, experts: int, sizes: tuple[int, ...]) -> Blocks:
+    """Expectations by the Poisson law of an expert's load; of the passes, given that it has any."""
     spread = 8 * math.sqrt(mean) + 8
     passes, total = [0.0] * len(sizes), 0.0
     for load in range(max(int(mean - spread), 1), int(mean + spread) + 1):
@@ -85,4 +87,4 @@ def _passes(mean: float, sizes: tuple[int, ...]) -> tuple[float, ...]:
         for i, size in enumerate(sizes):
             passes[i] += share * (rest // size)
             rest %= size
-    return tuple(number / max(total, 1e-30) for number in passes)
+    return Blocks(sizes, experts * -math.expm1(-mean), tuple(number / max(total, 1e-30) for number in passes))

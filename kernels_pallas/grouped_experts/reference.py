@@ -6,8 +6,6 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 
-_HIGHEST = jax.lax.Precision.HIGHEST
-
 
 def clamp_up(up: jax.Array, limit: float) -> jax.Array:
     """The linear part, clamped to ±limit; limit 0 means no clamp."""
@@ -26,17 +24,13 @@ def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
 
 def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     """X [T, I] · weight [O, I]ᵀ in float32, at full precision for float32 operands."""
-    return _dot(x, weight, ((1,), (1,)))
+    numbers = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, numbers, precision=precision(x), preferred_element_type=jnp.float32)
 
 
-def dot_row(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same of one row, [I] to [O]."""
-    return _dot(weight, x, ((1,), (0,)))
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:
-    precision = _HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+def precision(x: jax.Array) -> jax.lax.Precision:
+    """Of products of x with matrices."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def grouped_experts(

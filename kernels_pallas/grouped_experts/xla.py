@@ -6,7 +6,7 @@ experts, rounded up to a small block each (`blocks`). Plain dots in a loop, beca
 slower than a dense product off TPU. Quantised matrices are dequantised one expert at a time.
 
 Which form runs: a stack that is addressed by layer (inference on TPU), one loop over tiles of rows (`tiles`); up to 8
-picks, each with its own matrices; other small blocks, weights first; else rows first. Only plain arrays have a
+picks, each with its own matrices; few rows per expert on a CPU, row by row; else blocks. Only plain arrays have a
 gradient.
 """
 
@@ -20,14 +20,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_experts import tiles
-from kernels_pallas.grouped_experts.blocks import Blocks, blocks_for, expected_tiles, over_blocks
-from kernels_pallas.grouped_experts.reference import dot, dot_row, swiglu
+from kernels_pallas.grouped_experts.blocks import Blocks, blocks_for, expected_tiles, over_blocks, single_rows
+from kernels_pallas.grouped_experts.reference import dot, precision, swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import data_loop
 from kernels_pallas.ordering import gather_sum
+from kernels_pallas.tpu import current_platform
+from kernels_pallas.vectors import matrix_vector
 
-_WEIGHTS_FIRST = 16
-"""Units up to this many rows are multiplied as weights · rowsᵀ: XLA packs the second operand, here the smaller one."""
+_FEW_ROWS = 16
+"""Up to this many rows per expert, XLA's CPU multiplies by small blocks of them more slowly than by each."""
 _FEW_PICKS = 8
 """Up to this many (token, expert) pairs each get their own copy of the expert's matrices: no sort, no padding."""
 
@@ -121,27 +123,31 @@ def _into(matrices: Stacks, expert: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def _swiglu(both: jax.Array, limit: float) -> jax.Array:
-    gate, up = jnp.split(both, 2, axis=1)
+    gate, up = jnp.split(both, 2, axis=-1)
     return swiglu(gate, up, limit)
 
 
-def _forward_few(x: jax.Array, matrices: Stacks, groups: _Groups, blocks: Blocks, limit: float) -> jax.Array:
-    """`_forward` for small blocks: products are weights · rowsᵀ, and rows are columns until the end."""
+def _row_by_row(
+    x: jax.Array, matrices: Stacks, experts: jax.Array, weights: jax.Array, limit: float, picks: float
+) -> jax.Array:
+    """Each expert's matrices once, then its rows, each a vector: for few rows per expert on a CPU."""
+    count = matrices[0].shape[0]
+    blocks = single_rows(picks, count)
+    groups = _group(experts, weights, count, blocks.unit)
 
     def one_expert(i: jax.Array, out: jax.Array) -> jax.Array:
         expert = groups.expert[i]
-        w1, w3, w2 = (matrix.one(expert, x.dtype) for matrix in matrices)
+        into, w2 = _into(matrices, expert, x.dtype), matrices[2].one(expert, x.dtype)
 
-        def one_block(row: jax.Array, size: int, out: jax.Array) -> jax.Array:
-            x_block = x[_rows(groups.token, row, size)]
-            z = swiglu(dot(w1, x_block), dot(w3, x_block), limit) * _rows(groups.share, row, size)
-            columns = dot(w2, z.astype(x.dtype).T)
-            return jax.lax.dynamic_update_slice_in_dim(out, columns, row, 1)
+        def one_row(row: jax.Array, _: int, out: jax.Array) -> jax.Array:
+            both = matrix_vector(into, x[groups.token[row]], precision(x))
+            z = _swiglu(both, limit) * groups.share[row]
+            return _put(out, matrix_vector(w2, z.astype(x.dtype), precision(x))[None], row)
 
-        return over_blocks(groups.first[expert], groups.last[expert], blocks, one_block, out)
+        return over_blocks(groups.first[expert], groups.last[expert], blocks, one_row, out)
 
-    out = jnp.zeros((x.shape[1], groups.token.shape[0]), jnp.float32)
-    return gather_sum(data_loop(0, groups.active, one_expert, out, expected=blocks.experts).T, groups.slot)
+    out = jnp.zeros((groups.token.shape[0], x.shape[1]), jnp.float32)
+    return gather_sum(data_loop(0, groups.active, one_expert, out, expected=blocks.experts), groups.slot)
 
 
 def _inference(
@@ -152,10 +158,10 @@ def _inference(
     if is_one_of_many:
         rows = tiles.rows_of_tile(picks, count)
         return tiles.forward(x, matrices, experts, weights, rows, limit, expected_tiles(picks, count, rows))
-    blocks = blocks_for(picks, count)
+    if picks < count * _FEW_ROWS and current_platform() == "cpu":
+        return _row_by_row(x, matrices, experts, weights, limit, picks)
+    blocks = blocks_for(picks, count, experts.size)
     groups = _group(experts, weights, count, blocks.unit)
-    if blocks.unit <= _WEIGHTS_FIRST:
-        return _forward_few(x, matrices, groups, blocks, limit)
     return _forward(x, matrices, groups, blocks, limit, keep=False)[0]
 
 
@@ -168,7 +174,7 @@ def _few_picks(x: jax.Array, matrices: Stacks, experts: jax.Array, weights: jax.
 
     def each(rows: jax.Array, stack: ExpertStack) -> jax.Array:
         matrix = jnp.stack([stack.one(expert, x.dtype) for expert in experts.reshape(-1)])
-        return jax.vmap(dot_row)(rows.astype(x.dtype), matrix)
+        return jax.vmap(dot)(rows.astype(x.dtype)[:, None], matrix)[:, 0]
 
     rows = jnp.repeat(x, choices, axis=0)
     share = jnp.where(experts < matrices[0].shape[0], weights, 0.0).reshape(-1, 1)
@@ -187,7 +193,7 @@ def _experts_fwd(
     x: jax.Array, matrices: tuple[jax.Array, ...], experts: jax.Array, weights: jax.Array, limit: float, picks: float
 ) -> tuple[jax.Array, tuple]:
     count = matrices[0].shape[0]
-    blocks = blocks_for(picks, count)
+    blocks = blocks_for(picks, count, experts.size)
     groups = _group(experts, weights, count, blocks.unit)
     out, both = _forward(x, _stacks(matrices), groups, blocks, limit, keep=True)
     return out, (x, matrices, experts, weights, groups, both)
@@ -196,7 +202,7 @@ def _experts_fwd(
 def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> tuple:
     x, matrices, experts, weights, groups, both = saved
     count, dtype = matrices[0].shape[0], x.dtype
-    blocks = blocks_for(picks, count)
+    blocks = blocks_for(picks, count, experts.size)
     hidden_size = matrices[0].shape[1]
 
     def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:

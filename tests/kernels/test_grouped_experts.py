@@ -86,8 +86,9 @@ def test_every_pick_gets_its_own_row_and_its_experts_block(experts, tokens, bloc
 
 @pytest.mark.parametrize(("picks", "experts"), [(9, 256), (64, 32), (700, 7), (2048, 32), (8192, 32), (90_000, 8)])
 def test_blocks_cover_every_unit_once_and_run_as_often_as_expected(picks, experts):
-    blocks = blocks_for(picks, experts)
+    blocks = blocks_for(picks, experts, picks)
     assert all(size == 2 * smaller for size, smaller in zip(blocks.sizes, blocks.sizes[1:], strict=False))
+    assert blocks.sizes[0] <= max(picks, blocks.unit)
     most = 3 * picks // experts // blocks.unit + 9  # units
 
     def mark(row, size, state):

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax import ops
-from v4jax.model import dots
+from kernels_pallas import vectors
+from v4jax.model.dots import full_dot
 
 
 def draw(seed, *shape):
@@ -15,16 +15,16 @@ def draw(seed, *shape):
 @pytest.mark.parametrize("rows", [1024, 1023, 6])
 def test_product_of_any_number_of_rows(leading, rows):
     x, weight = draw(0, *leading, 512), draw(1, rows, 512)
-    got = jax.jit(dots.full_dot)(x, weight)
+    got = jax.jit(full_dot)(x, weight)
     want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     assert got.shape == (*leading, rows)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
 def test_a_vector_is_multiplied_in_parts_on_a_cpu_alone(monkeypatch):
-    monkeypatch.setattr(dots.os, "cpu_count", lambda: 4)
-    assert dots._parts(1024, 512) == 4
-    assert dots._parts(1026, 512) == 3
-    assert dots._parts(64, 512) == 1
-    monkeypatch.setattr(ops, "current_platform", lambda: "tpu")
-    assert dots._parts(1024, 512) == 1
+    monkeypatch.setattr(vectors.os, "cpu_count", lambda: 4)
+    assert vectors.parts_of(1024, 512) == 4
+    assert vectors.parts_of(1026, 512) == 3
+    assert vectors.parts_of(64, 512) == 1
+    monkeypatch.setattr(vectors, "current_platform", lambda: "tpu")
+    assert vectors.parts_of(1024, 512) == 1

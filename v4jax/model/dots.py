@@ -1,16 +1,11 @@
 """Products of activations with matrices in the checkpoint's [out, in] layout, accumulated in float32."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from v4jax import ops
 from v4jax.dtypes import DTypePolicy
-
-_LEAST_PART = 1 << 16
-"""Elements of a matrix that are worth a thread."""
 
 
 def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy: DTypePolicy) -> Float[Array, "*T GO"]:
@@ -23,13 +18,8 @@ def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy
 
 def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> jax.Array:
     """`x · weightᵀ` accumulated and returned in float32."""
-    rows, columns = weight.shape
-    parts = _parts(rows, columns) if x.size == columns else 1
-    if parts > 1:
-        weight, row = weight.reshape(parts, -1, columns), jnp.broadcast_to(x.reshape(-1), (parts, columns))
-        numbers = (((2,), (1,)), ((0,), (0,)))
-        out = jax.lax.dot_general(weight, row, numbers, precision=precision, preferred_element_type=jnp.float32)
-        return out.reshape(*x.shape[:-1], rows)
+    if x.size == weight.shape[1]:
+        return ops.matrix_vector(weight, x.reshape(-1), precision).reshape(*x.shape[:-1], -1)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
 
@@ -56,15 +46,3 @@ def _float32_dot_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) 
 
 
 float32_dot.defvjp(lambda x, weight: (float32_dot(x, weight), (x, weight)), _float32_dot_backward)
-
-
-def _parts(rows: int, columns: int) -> int:
-    """Groups of rows of a matrix that are multiplied by one vector as a batch; 1 where that is no faster.
-
-    XLA's CPU runs a matrix times a vector on one thread, which does not read as fast as the memory can, and the entries
-    of a batch on all threads.
-    """
-    if ops.current_platform() != "cpu":
-        return 1
-    most = max(min(os.cpu_count() or 1, rows * columns // _LEAST_PART), 1)
-    return next(parts for parts in range(most, 0, -1) if rows % parts == 0)
