@@ -1,7 +1,8 @@
-"""The matrix products of a compiled program, each timed alone: nothing around them can make the program faster.
+"""The matrix products of a compiled program, each timed alone.
 
-XLA chooses the kernels of its products by shape. Their sum is therefore what a program with products of these shapes
-takes at best with this version of XLA on this machine, whatever becomes of masks, norms and copies.
+XLA chooses the kernels of its products by shape. Their sum is about what a program with products of these shapes takes
+at best with this version of XLA on this machine, whatever becomes of masks, norms and copies; with products of other
+shapes it can be less.
 """
 
 import math
