@@ -35,7 +35,7 @@ class Options:
     repetitions: int = 3
     """Timed repetitions of each figure, of which the median counts."""
     products: bool = False
-    """Also time alone each matrix product that XLA makes of a workload: what these take is the best it can reach."""
+    """Also time alone each matrix product that XLA makes of a workload: about the best that such products can reach."""
     json: Path | None = None
     """Also write the figures to this file."""
 
