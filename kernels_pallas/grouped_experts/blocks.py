@@ -36,7 +36,7 @@ def blocks_for(picks: float, experts: int, most: int) -> Blocks:
 
     The unit is a power of two, up to half the mean load if that is small, else up to a quarter.
     """
-    mean = max(picks / experts, 1e-6)
+    mean = picks / experts
     quarter = 1 << max(int(mean).bit_length() - 3, 0)
     unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT) if mean >= _LARGE_UNIT else max(2 * quarter, _MIN_UNIT)
     larger = (unit << i for i in range(_DOUBLINGS, 0, -1)) if unit >= _LARGE_UNIT else ()
@@ -45,12 +45,12 @@ def blocks_for(picks: float, experts: int, most: int) -> Blocks:
 
 def single_rows(picks: float, experts: int) -> Blocks:
     """The same rows one by one."""
-    return _blocks(max(picks / experts, 1e-6), experts, (1,))
+    return _blocks(picks / experts, experts, (1,))
 
 
 def expected_tiles(picks: float, experts: int, rows: int) -> float:
     """Tiles of `rows` rows in all, under an even load: some experts are empty, and each other pads half a tile."""
-    active = experts * -math.expm1(-picks / experts)
+    active = _active(picks / experts, experts)
     return active * max(1.0, picks / max(active, 1e-9) / rows + 0.5)
 
 
@@ -76,8 +76,14 @@ def over_blocks(
     return state
 
 
+def _active(mean: float, experts: int) -> float:
+    """Experts with work, by the Poisson law of an expert's load."""
+    return experts * -math.expm1(-mean)
+
+
 def _blocks(mean: float, experts: int, sizes: tuple[int, ...]) -> Blocks:
     """Expectations by the Poisson law of an expert's load; of the passes, given that it has any."""
+    mean = max(mean, 1e-6)  # nothing may be expected, but its logarithm is wanted
     spread = 8 * math.sqrt(mean) + 8
     passes, total = [0.0] * len(sizes), 0.0
     for load in range(max(int(mean - spread), 1), int(mean + spread) + 1):
@@ -87,4 +93,4 @@ def _blocks(mean: float, experts: int, sizes: tuple[int, ...]) -> Blocks:
         for i, size in enumerate(sizes):
             passes[i] += share * (rest // size)
             rest %= size
-    return Blocks(sizes, experts * -math.expm1(-mean), tuple(number / max(total, 1e-30) for number in passes))
+    return Blocks(sizes, _active(mean, experts), tuple(number / max(total, 1e-30) for number in passes))

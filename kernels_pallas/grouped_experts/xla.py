@@ -29,7 +29,7 @@ from kernels_pallas.tpu import current_platform
 from kernels_pallas.vectors import matrix_vector
 
 _FEW_ROWS = 16
-"""Up to this many rows per expert, XLA's CPU multiplies by small blocks of them more slowly than by each."""
+"""Below this many rows per expert, XLA's CPU multiplies by small blocks of them more slowly than by each."""
 _FEW_PICKS = 8
 """Up to this many (token, expert) pairs each get their own copy of the expert's matrices: no sort, no padding."""
 
