@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.hyper_connection import reference
 from kernels_pallas.hyper_connection.reference import Maps
+from kernels_pallas.materialize import materialized
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -25,16 +26,17 @@ def write(out: Float[Array, "B S D"], streams: Float[Array, "B S C D"], maps: Ma
 
 
 def _forward(out: jax.Array, streams: jax.Array, maps: Maps) -> tuple[jax.Array, tuple]:
-    mixed = _product("bskj,bsjd->bskd", jnp.transpose(maps.comb, (2, 3, 1, 0)), streams.astype(jnp.float32))
-    new = mixed + jnp.moveaxis(maps.post, 0, -1)[..., None] * out.astype(jnp.float32)[:, :, None]
-    return new.astype(streams.dtype), (out, streams, maps)
+    return materialized(reference.write(out, streams, maps)), (out, streams, maps)
 
 
 def _backward(saved: tuple, d_new: jax.Array) -> tuple[jax.Array, jax.Array, Maps]:
     out, streams, maps = saved
-    d_new = d_new.astype(jnp.float32)
-    d_out = _product("bsk,bskd->bsd", jnp.moveaxis(maps.post, 0, -1), d_new)
-    d_streams = _product("bsjk,bskd->bsjd", jnp.transpose(maps.comb, (2, 3, 0, 1)), d_new)
+    d_new = materialized(d_new.astype(jnp.float32))
+    by_stream = range(d_new.shape[2])
+    d_out = sum(maps.post[k][..., None] * d_new[:, :, k] for k in by_stream)
+    # The transpose of `reference.write`: new stream k gives its part of comb's second axis to every stream j.
+    d_streams = sum(jnp.moveaxis(maps.comb[:, k], 0, -1)[..., None] * d_new[:, :, k : k + 1] for k in by_stream)
+    d_out, d_streams = materialized((jnp.asarray(d_out), jnp.asarray(d_streams)))
     d_post = _product("bskd,bsd->bsk", d_new, out.astype(jnp.float32))
     d_comb = _product("bsjd,bskd->bsjk", streams.astype(jnp.float32), d_new)
     d_maps = Maps(jnp.moveaxis(d_post, -1, 0), jnp.transpose(d_comb, (2, 3, 0, 1)))

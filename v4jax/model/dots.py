@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.materialize import materialized, with_materialized_gradient
 from v4jax import ops
 from v4jax.dtypes import DTypePolicy
 
@@ -13,6 +14,7 @@ def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy
     x, weight = x.astype(policy.compute), weight.astype(policy.compute)
     numbers = (((x.ndim - 1,), (2,)), ((x.ndim - 2,), (0,)))
     out = jax.lax.dot_general(x, weight, numbers, precision=policy.precision, preferred_element_type=jnp.float32)
+    out = with_materialized_gradient(out)
     return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-2], -1).astype(policy.compute)
 
 
@@ -21,7 +23,8 @@ def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax
     if x.size == weight.shape[1]:
         return ops.matrix_vector(weight, x.reshape(-1), precision).reshape(*x.shape[:-1], -1)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
+    out = jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
+    return with_materialized_gradient(out)
 
 
 @jax.custom_vjp
@@ -36,6 +39,7 @@ def float32_dot(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[A
 
 def _float32_dot_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
+    d_out = materialized(d_out)
     precision = jax.lax.Precision.HIGH if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     d_x = jnp.matmul(d_out, weight.astype(jnp.float32), precision=precision)
     tokens = tuple(range(x.ndim - 1))
