@@ -39,7 +39,7 @@ def blocks_for(picks: float, experts: int, most: int) -> Blocks:
     mean = picks / experts
     quarter = 1 << max(int(mean).bit_length() - 3, 0)
     unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT) if mean >= _LARGE_UNIT else max(2 * quarter, _MIN_UNIT)
-    larger = (unit << i for i in range(_DOUBLINGS, 0, -1)) if unit >= _LARGE_UNIT else ()
+    larger = (unit * i for i in range(1 << _DOUBLINGS, 1, -1)) if unit >= _LARGE_UNIT else ()
     return _blocks(mean, experts, (*(size for size in larger if size <= most), unit))
 
 

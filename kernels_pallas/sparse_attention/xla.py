@@ -1,11 +1,15 @@
 """Window + compressed entries + sink by blocks of queries: differentiable, memory linear in the sequence.
 
 A block of queries sees two blocks of window keys (its own and the one before) and either all entries, masked, or its
-own gathered selection. Each block is recomputed in the backward pass, so nothing quadratic is ever kept.
+own gathered selection. The backward pass makes each block's weights again from its statistics, so nothing quadratic
+is ever kept.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.sparse_attention.reference import unpacked_mask
@@ -22,44 +26,63 @@ GATHER_FROM = 8
 gather costs about that much more per row than a contiguous read (measured on CPU; the same order on GPU)."""
 
 
-def _attend_two(
-    q: jax.Array,
-    near: jax.Array,
-    near_mask: jax.Array,
-    far: jax.Array | None,
-    far_mask: jax.Array | None,
-    sink: jax.Array,
-    scale: float,
-) -> jax.Array:
-    """Softmax over window keys, entries and the sink without joining the two key arrays.
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
-    q [B, Q, N, H]; near [B, K, H], near_mask [B, Q, K]; far [B, P, H] shared by all queries or [B, Q, P, H] their own,
-    far_mask [B, Q, P].
-    """
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
-    def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+def _logits(q: jax.Array, keys: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """[B, Q, N, K] of keys [B, K, H] that all queries share or [B, Q, K, H] their own; mask [B, Q, K]."""
+    q, rest = (q * scale, 1.0) if q.dtype == jnp.float32 else (q, scale)
+    return jnp.where(mask[:, :, None], _product(f"bqnh,{_axes(keys)}->bqnk", q, keys) * rest, -jnp.inf)
 
-    q = q * jnp.asarray(scale, q.dtype) if q.dtype == jnp.float32 else q
-    rest = 1.0 if q.dtype == jnp.float32 else scale
-    near_logits = jnp.where(near_mask[:, :, None], product("bqnh,bkh->bqnk", q, near) * rest, -jnp.inf)
-    top = jnp.maximum(jnp.max(near_logits, axis=-1), sink)
-    far_logits = jnp.zeros(())
-    own = "q" if far is not None and far.ndim == 4 else ""
-    if far is not None and far_mask is not None:
-        far_logits = product(f"bqnh,b{own}ph->bqnp", q, far) * rest
-        far_logits = jnp.where(far_mask[:, :, None], far_logits, -jnp.inf)
-        top = jnp.maximum(top, jnp.max(far_logits, axis=-1))
-    top = jax.lax.stop_gradient(top)[..., None]
-    near_weights = jnp.exp(near_logits - top)
-    total = jnp.sum(near_weights, axis=-1) + jnp.exp(sink - top[..., 0])
-    out = product("bqnk,bkh->bqnh", near_weights.astype(q.dtype), near)
-    if far is not None:
-        far_weights = jnp.exp(far_logits - top)
-        total = total + jnp.sum(far_weights, axis=-1)
-        out = out + product(f"bqnp,b{own}ph->bqnh", far_weights.astype(q.dtype), far)
-    return (out / total[..., None]).astype(q.dtype)
+
+def _axes(keys: jax.Array) -> str:
+    return "bqkh" if keys.ndim == 4 else "bkh"
+
+
+_Groups = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys, which are the values too, and their masks, as `_logits` takes them."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Float[Array, "B Q N H"], groups: _Groups, sink: Float[Array, " N"], scale: float) -> jax.Array:
+    """One softmax over all groups of keys and the sink, without joining them."""
+    return _attend_forward(q, groups, sink, scale)[0]
+
+
+def _attend_forward(q: jax.Array, groups: _Groups, sink: jax.Array, scale: float) -> tuple[jax.Array, tuple]:
+    logits = [_logits(q, keys, mask, scale) for keys, mask in groups]
+    top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1) for x in logits), sink)
+    weights = [jnp.exp(x - top[..., None]) for x in logits]
+    total = sum((jnp.sum(x, axis=-1) for x in weights), jnp.exp(sink - top))
+    values = (
+        _product(f"bqnk,{_axes(keys)}->bqnh", x.astype(q.dtype), keys)
+        for x, (keys, _) in zip(weights, groups, strict=True)
+    )
+    out = (sum(values, jnp.zeros(())) / total[..., None]).astype(q.dtype)
+    kept = checkpoint_name(out, _KEPT), checkpoint_name(top + jnp.log(total), _KEPT)
+    return out, (q, groups, sink, *kept)
+
+
+def _attend_backward(scale: float, saved: tuple, d_out: jax.Array) -> tuple[jax.Array, tuple, jax.Array]:
+    q, groups, sink, out, log_total = saved
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    d_q, d_groups = jnp.zeros(()), []  # masks have no gradient
+    for keys, mask in groups:
+        weights = jnp.exp(_logits(q, keys, mask, scale) - log_total[..., None])
+        d_weights = _product(f"bqnh,{_axes(keys)}->bqnk", d_out, keys)
+        d_logits = (weights * (d_weights - delta[..., None]) * scale).astype(q.dtype)
+        d_q = d_q + _product(f"bqnk,{_axes(keys)}->bqnh", d_logits, keys)
+        d_keys = _product(f"bqnk,bqnh->{_axes(keys)}", d_logits, q)
+        d_keys = d_keys + _product(f"bqnk,bqnh->{_axes(keys)}", weights.astype(q.dtype), d_out)
+        d_groups.append((d_keys.astype(keys.dtype), None))
+    d_sink = -jnp.sum(jnp.exp(sink - log_total) * delta, axis=(0, 1))
+    return d_q.astype(q.dtype), tuple(d_groups), d_sink.astype(sink.dtype)
+
+
+_KEPT = "sparse_attention_output"
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _take(entries: jax.Array, index: jax.Array) -> jax.Array:
@@ -124,11 +147,11 @@ def sparse_attention(
     distance = block + jnp.arange(block)[:, None] - jnp.arange(2 * block)[None, :]
     band = (distance >= 0) & (distance < window)
 
-    def attend(
+    def attend_to(
         near: jax.Array, near_mask: jax.Array, q: jax.Array, position: jax.Array, segment: jax.Array, *chosen: jax.Array
     ) -> jax.Array:
         if entries is None:
-            return _attend_two(q, near, near_mask, None, None, sink, scale)
+            return _attend(q, ((near, near_mask),), sink, scale)
         assert entry_end is not None
         assert entry_segment is not None
         if is_gathered:
@@ -142,9 +165,9 @@ def sparse_attention(
                 visible &= chosen[0] >= 0
             else:
                 visible &= unpacked_mask(chosen[0], size) if selection is None else _scatter_mask(chosen[0], size)
-        return _attend_two(q, near, near_mask, far, visible, sink, scale)
+        return _attend(q, ((near, near_mask), (far, visible)), sink, scale)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
     def one_block(inputs: tuple[jax.Array, ...]) -> jax.Array:
         q_block, position, segment, key_a, key_b, segment_a, segment_b, *chosen = inputs
         near = jnp.concatenate([key_a, key_b], axis=1)
@@ -155,7 +178,7 @@ def sparse_attention(
             touched, rows = slice(i, i + block + inner), slice(i, i + inner)
             per_query = (x[:, rows] for x in (q_block, position, segment, *chosen))
             mask = band[rows, touched] & (near_segment[:, None, touched] == segment[:, rows, None])
-            parts.append(attend(near[:, touched], mask, *per_query))
+            parts.append(attend_to(near[:, touched], mask, *per_query))
         return jnp.concatenate(parts, axis=1)
 
     inputs = (blocks_of(q), blocks_of(q_position), blocks_of(q_segment), before, own, before_segment, own_segment)
@@ -181,5 +204,7 @@ def sparse_attention_decode(
     """See `api.sparse_attention_decode`."""
     if entries is not None and visible is not None and selection is not None:
         visible = visible & _scatter_mask(selection[:, None], entries.shape[1])[:, 0]
-    far_mask = None if visible is None else visible[:, None]
-    return _attend_two(q[:, None], ring, ring_valid[:, None], entries, far_mask, sink, scale)[:, 0]
+    groups = ((ring, ring_valid[:, None]),)
+    if entries is not None and visible is not None:
+        groups = (*groups, (entries, visible[:, None]))
+    return _attend(q[:, None], groups, sink, scale)[:, 0]
