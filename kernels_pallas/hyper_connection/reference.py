@@ -48,6 +48,12 @@ def sinkhorn(logits: Float[Array, "C C *T"], iterations: int, eps: float) -> Flo
     return jax.lax.scan(both, matrix, None, length=iterations - 1)[0]
 
 
+def weighted_sum(weights: Float[Array, "C B S"], streams: Float[Array, "B S C D"]) -> Float[Array, "B S D"]:
+    """Σ_i weights_i · stream_i in float32, rounded once."""
+    total = sum(weights[i][..., None] * streams[:, :, i].astype(jnp.float32) for i in range(streams.shape[2]))
+    return jnp.asarray(total).astype(streams.dtype)
+
+
 def read(
     streams: Float[Array, "B S C D"],
     fn: Float[Array, "M CD"],
@@ -57,8 +63,12 @@ def read(
     iterations: int,
     eps: float,
     norm_eps: float,
+    collapse: Callable[..., jax.Array] = weighted_sum,
 ) -> tuple[Float[Array, "B S D"], Maps]:
-    """hc_pre: the sublayer's input (streams' dtype) and the maps that `write` needs. M = C · (2 + C)."""
+    """hc_pre: the sublayer's input (streams' dtype) and the maps that `write` needs. M = C · (2 + C).
+
+    `collapse` may take the place of `weighted_sum`.
+    """
     count = streams.shape[2]
     z = _project(streams, fn, norm_eps)
     z = z * jnp.repeat(scale, jnp.array([count, count, count * count]), total_repeat_length=z.shape[0])[:, None, None]
@@ -66,7 +76,7 @@ def read(
     pre = jax.nn.sigmoid(z[:count]) + eps
     post = 2 * jax.nn.sigmoid(z[count : 2 * count])
     comb = sinkhorn(z[2 * count :].reshape(count, count, *z.shape[1:]), iterations, eps)
-    return _weighted_sum(pre, streams), Maps(post, comb)
+    return collapse(pre, streams), Maps(post, comb)
 
 
 def write(out: Float[Array, "B S D"], streams: Float[Array, "B S C D"], maps: Maps) -> Float[Array, "B S C D"]:
@@ -86,15 +96,11 @@ def head(
     *,
     eps: float,
     norm_eps: float,
+    collapse: Callable[..., jax.Array] = weighted_sum,
 ) -> Float[Array, "B S D"]:
     """hc_head: the weighted sum of the streams that the final norm reads, in the streams' dtype."""
     z = _project(streams, fn, norm_eps) * scale[0] + base[:, None, None]
-    return _weighted_sum(jax.nn.sigmoid(z) + eps, streams)
-
-
-def _weighted_sum(weights: jax.Array, streams: jax.Array) -> jax.Array:
-    total = sum(weights[i][..., None] * streams[:, :, i].astype(jnp.float32) for i in range(streams.shape[2]))
-    return jnp.asarray(total).astype(streams.dtype)
+    return collapse(jax.nn.sigmoid(z) + eps, streams)
 
 
 # ---- whole seams: streams flattened to [B, S, C · D], maps to [M, B, S] in the order of fn's rows --------------------
@@ -137,11 +143,12 @@ def seam(
     eps: float,
     norm_eps: float,
     mix: Callable[..., jax.Array] = write,
+    collapse: Callable[..., jax.Array] = weighted_sum,
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B S CD"], Float[Array, "M B S"]]:
     """See `api.seam`."""
     streams = flat_write(out, streams, maps, mix)
     apart = streams.reshape(*streams.shape[:2], -1, gain.shape[0])
-    x, new = read(apart, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    x, new = read(apart, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps, collapse=collapse)
     packed = jnp.concatenate([jnp.zeros_like(new.post), new.post, new.comb.reshape(-1, *new.post.shape[1:])])
     return rms_norm(x, gain, norm_eps), streams, packed
 
@@ -158,9 +165,10 @@ def leave(
     eps: float,
     norm_eps: float,
     mix: Callable[..., jax.Array] = write,
+    collapse: Callable[..., jax.Array] = weighted_sum,
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B S CD"]]:
     """See `api.leave`."""
     streams = flat_write(out, streams, maps, mix)
     apart = streams.reshape(*streams.shape[:2], base.shape[0], -1)
-    x = head(apart, fn, base, scale, eps=eps, norm_eps=norm_eps)
+    x = head(apart, fn, base, scale, eps=eps, norm_eps=norm_eps, collapse=collapse)
     return rms_norm(x, gain, norm_eps), streams

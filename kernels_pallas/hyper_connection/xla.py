@@ -1,7 +1,7 @@
-"""`write` for differentiation off TPU: products per token instead of one elementwise expression.
+"""What crosses the streams, with derivatives for use off TPU, whose results are written to memory once.
 
-XLA would fuse that expression into every reader of the streams, so that each recomputes them, several layers deep; the
-results of products are kept. Only the rules of the derivative are written that way: alone, the reference is fastest.
+XLA would fuse an elementwise expression into every reader of the streams, so that each recomputes them, several layers
+deep. The sums that give the maps their gradients are products per token.
 """
 
 import functools
@@ -33,10 +33,11 @@ def _backward(saved: tuple, d_new: jax.Array) -> tuple[jax.Array, jax.Array, Map
     out, streams, maps = saved
     d_new = materialized(d_new.astype(jnp.float32))
     by_stream = range(d_new.shape[2])
-    d_out = sum(maps.post[k][..., None] * d_new[:, :, k] for k in by_stream)
+    d_out = jnp.asarray(sum(maps.post[k][..., None] * d_new[:, :, k] for k in by_stream))
     # The transpose of `reference.write`: new stream k gives its part of comb's second axis to every stream j.
-    d_streams = sum(jnp.moveaxis(maps.comb[:, k], 0, -1)[..., None] * d_new[:, :, k : k + 1] for k in by_stream)
-    d_out, d_streams = materialized((jnp.asarray(d_out), jnp.asarray(d_streams)))
+    d_streams = jnp.asarray(
+        sum(jnp.moveaxis(maps.comb[:, k], 0, -1)[..., None] * d_new[:, :, k : k + 1] for k in by_stream)
+    )
     d_post = _product("bskd,bsd->bsk", d_new, out.astype(jnp.float32))
     d_comb = _product("bsjd,bskd->bsjk", streams.astype(jnp.float32), d_new)
     d_maps = Maps(jnp.moveaxis(d_post, -1, 0), jnp.transpose(d_comb, (2, 3, 0, 1)))
@@ -46,6 +47,23 @@ def _backward(saved: tuple, d_new: jax.Array) -> tuple[jax.Array, jax.Array, Map
 write.defvjp(_forward, _backward)
 
 
-seam = functools.partial(reference.seam, mix=write)
-leave = functools.partial(reference.leave, mix=write)
+@jax.custom_vjp
+def weighted_sum(weights: Float[Array, "C B S"], streams: Float[Array, "B S C D"]) -> Float[Array, "B S D"]:
+    """See `reference.weighted_sum`."""
+    return reference.weighted_sum(weights, streams)
+
+
+def _weighted_sum_backward(saved: tuple[jax.Array, jax.Array], d_x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights, streams = saved
+    d_x = materialized(d_x.astype(jnp.float32))
+    d_weights = _product("bscd,bsd->bsc", streams.astype(jnp.float32), d_x)
+    d_streams = jnp.moveaxis(weights, 0, -1)[..., None] * d_x[:, :, None]
+    return jnp.moveaxis(d_weights, -1, 0), d_streams.astype(streams.dtype)
+
+
+weighted_sum.defvjp(lambda weights, streams: (weighted_sum(weights, streams), (weights, streams)), _weighted_sum_backward)
+
+
+seam = functools.partial(reference.seam, mix=write, collapse=weighted_sum)
+leave = functools.partial(reference.leave, mix=write, collapse=weighted_sum)
 flat_write = functools.partial(reference.flat_write, mix=write)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.materialize import materialized
 from kernels_pallas.sparse_attention.reference import unpacked_mask
 from kernels_pallas.tpu import cdiv
 
@@ -73,9 +74,10 @@ def _attend_backward(scale: float, saved: tuple, d_out: jax.Array) -> tuple[jax.
         weights = jnp.exp(_logits(q, keys, mask, scale) - log_total[..., None])
         d_weights = _product(f"bqnh,{_axes(keys)}->bqnk", d_out, keys)
         d_logits = (weights * (d_weights - delta[..., None]) * scale).astype(q.dtype)
+        weights, d_logits = materialized((weights.astype(q.dtype), d_logits))
         d_q = d_q + _product(f"bqnk,{_axes(keys)}->bqnh", d_logits, keys)
         d_keys = _product(f"bqnk,bqnh->{_axes(keys)}", d_logits, q)
-        d_keys = d_keys + _product(f"bqnk,bqnh->{_axes(keys)}", weights.astype(q.dtype), d_out)
+        d_keys = d_keys + _product(f"bqnk,bqnh->{_axes(keys)}", weights, d_out)
         d_groups.append((d_keys.astype(keys.dtype), None))
     d_sink = -jnp.sum(jnp.exp(sink - log_total) * delta, axis=(0, 1))
     return d_q.astype(q.dtype), tuple(d_groups), d_sink.astype(sink.dtype)
