@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from kernels_pallas.materialize import materialized, with_materialized_gradient
+from kernels_pallas.tpu import current_platform
 from v4jax import ops
 from v4jax.dtypes import DTypePolicy
 
@@ -25,6 +27,22 @@ def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     out = jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
     return with_materialized_gradient(out)
+
+
+def joint_dots(x: jax.Array, weights: tuple[jax.Array, ...], precision: jax.lax.Precision) -> tuple[jax.Array, ...]:
+    """`full_dot` of x with each of several matrices; on a CPU one product with all of them, which are copied together.
+
+    XLA's CPU reaches a good half more of its speed with 512 rows of a matrix than with 256.
+    """
+    is_worth_it = x.size >= _MANY_ROWS * x.shape[-1] and current_platform() == "cpu"
+    if not is_worth_it:
+        return tuple(full_dot(x, weight, precision) for weight in weights)
+    ends = np.cumsum([weight.shape[0] for weight in weights])[:-1].tolist()
+    return tuple(jnp.split(full_dot(x, jnp.concatenate(weights), precision), ends, axis=-1))
+
+
+_MANY_ROWS = 256
+"""From so many rows of x on, copying a matrix is little beside multiplying by it."""
 
 
 @jax.custom_vjp

@@ -157,7 +157,7 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Output in float32, before it joins the routed sum; where `tensor` divides the width, this device's part."""
-        gate, up = (w.unrounded(x) for w in (self.w1, self.w3))
+        gate, up = Linear.joint(x, (self.w1, self.w3))
         z = ops.swiglu(gate, up, self.limit).astype(x.dtype)
         return self.w2.unrounded(z)
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.formats import decode_fp8, fp8_scale_shape
 from v4jax import parallel
 from v4jax.dtypes import DTypePolicy
-from v4jax.model.dots import float32_dot, full_dot, grouped_dot
+from v4jax.model.dots import float32_dot, full_dot, grouped_dot, joint_dots
 from v4jax.quant import Codes, Scales
 from v4jax.sharding import Names
 
@@ -210,6 +210,14 @@ class Linear(nnx.Module):
         if self._is_for_few(x[..., None, :], 1):
             return self._of_few(x[..., None, :])[..., 0, :]
         return full_dot(x, self.matrix.astype(x.dtype), self.policy.precision)
+
+    @staticmethod
+    def joint(x: Float[Array, "*T I"], linears: "tuple[Linear, ...]") -> tuple[Float[Array, "*T _"], ...]:
+        """`unrounded` of the same x through several matrices."""
+        if any(linear.scale is not None for linear in linears):
+            return tuple(linear.unrounded(x) for linear in linears)
+        matrices = tuple(linear.matrix.astype(x.dtype) for linear in linears)
+        return joint_dots(x, matrices, linears[0].policy.precision)
 
     def _is_for_few(self, x: Float[Array, "*T G I"], groups: int) -> bool:
         if self.scale is None or self.scale.dtype != jnp.float8_e8m0fnu:

@@ -2,7 +2,10 @@
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from v4jax.errors import UserError
@@ -37,7 +40,7 @@ def make_optimizer(options: TrainOptions, roles: Mapping[str, str]) -> optax.Gra
             and tables do not.
     """
     return optax.chain(
-        optax.clip_by_global_norm(options.clip),
+        _clip_by_global_norm(options.clip),
         optax.adamw(
             learning_rate_schedule(options),
             b1=options.beta1,
@@ -47,6 +50,16 @@ def make_optimizer(options: TrainOptions, roles: Mapping[str, str]) -> optax.Gra
             mask={name: role in _DECAYED for name, role in roles.items()},
         ),
     )
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Optax's, as one factor for all, which the compiler folds into the moments instead of writing clipped gradients."""
+
+    def update(updates: Any, state: optax.EmptyState, _: Any = None) -> tuple[Any, optax.EmptyState]:
+        factor = limit / jnp.maximum(optax.tree.norm(updates), limit)
+        return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def trainable_names(options: TrainOptions, roles: Mapping[str, str], *, has_mtp: bool = True) -> frozenset[str]:
