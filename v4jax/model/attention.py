@@ -69,13 +69,14 @@ class Attention(nnx.Module):
           selection: entries to attend to instead of the indexer's (replay).
         """
         turn = inputs.turn(self.spec.ratio)
-        latent = self.q_norm(kept(self.wq_a(x)))
+        latent, kv = Linear.joint(x.astype(self.policy.compute), (self.wq_a, self.wkv))
+        latent = self.q_norm(kept(latent.astype(self.policy.compute)))
         q = self.wq_b(latent).reshape(*x.shape[:2], -1, self.config.head_dim)
         if cache is None:
             # The widest array of a layer: the compiler would keep the product, and its gradient, in float32.
             q = jax.lax.optimization_barrier(q)
         q = rotate(unit_rms(q, self.config.rms_norm_eps, self.policy.island), over_heads(turn))
-        kv = rotate(self.kv_norm(kept(self.wkv(x))), turn)
+        kv = rotate(self.kv_norm(kept(kv.astype(self.policy.compute))), turn)
         if self.policy.quant_sim:
             kv = simulate_kv(kv, self.config.nope_head_dim)
         parts = (x, latent, q, kv, inputs)
