@@ -1,10 +1,11 @@
-"""The rows of one expert in blocks whose sizes double: large products for most rows, little padding for the rest."""
+"""The rows of one expert in blocks: one of a size that leaves little padding, and the largest ones for what is left."""
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.loops import data_loop
 
@@ -12,18 +13,20 @@ _State = TypeVar("_State")
 _MAX_UNIT, _MIN_UNIT = 128, 4
 _LARGE_UNIT = 16
 """From here on there are larger blocks too."""
-_DOUBLINGS = 3
+_MOST_UNITS = 8
 
 
 class Blocks(NamedTuple):
     """What the loops over experts and their blocks look like."""
 
     sizes: tuple[int, ...]
-    """Rows of a block, largest first, each twice the next. The last is the unit: experts begin at multiples of it."""
+    """Rows of a block, largest first, down to the unit in steps of it: experts begin at multiples of the unit."""
     experts: float
     """Experts with work, under an even load."""
-    passes: tuple[float, ...]
-    """Blocks of each size per expert with work, under an even load."""
+    first: tuple[float, ...]
+    """Share of the experts with work whose first block has each size, under an even load."""
+    further: float
+    """Blocks of the largest size after the first one per expert with work, under an even load."""
 
     @property
     def unit(self) -> int:
@@ -39,7 +42,7 @@ def blocks_for(picks: float, experts: int, most: int) -> Blocks:
     mean = picks / experts
     quarter = 1 << max(int(mean).bit_length() - 3, 0)
     unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT) if mean >= _LARGE_UNIT else max(2 * quarter, _MIN_UNIT)
-    larger = (unit * i for i in range(1 << _DOUBLINGS, 1, -1)) if unit >= _LARGE_UNIT else ()
+    larger = (unit * i for i in range(_MOST_UNITS, 1, -1)) if unit >= _LARGE_UNIT else ()
     return _blocks(mean, experts, (*(size for size in larger if size <= most), unit))
 
 
@@ -55,25 +58,34 @@ def expected_tiles(picks: float, experts: int, rows: int) -> float:
 
 
 def over_blocks(
-    first: jax.Array, last: jax.Array, blocks: Blocks, body: Callable[[jax.Array, int, _State], _State], state: _State
+    start: jax.Array,
+    end: jax.Array,
+    blocks: Blocks,
+    body: Callable[[jax.Array, int, bool, _State], _State],
+    state: _State,
 ) -> _State:
-    """Runs `body(row, rows, state)` over the blocks of one expert, the largest first.
+    """Runs `body(row, rows, is_first, state)` over the blocks of one expert, which has rows.
 
     Args:
-      first: unit at which the expert begins.
-      last: unit at which it ends.
-      body: `row` is the first of `rows` rows; `rows` is one of `blocks.sizes`.
+      start: unit at which the expert begins.
+      end: unit at which it ends.
+      body: `row` is the first of `rows` rows, one of `blocks.sizes`; `is_first` says whether it is the expert's first.
     """
-    for size, passes in zip(blocks.sizes, blocks.passes, strict=True):
-        units = size // blocks.unit
-        count = (last - first) // units
+    most = blocks.sizes[0] // blocks.unit
+    begin, head = start * blocks.unit, (end - start - 1) % most + 1
+    if len(blocks.sizes) == 1:
+        state = body(begin, blocks.unit, True, state)
+    else:
+        for size, share in zip(blocks.sizes, blocks.first, strict=True):
+            turns = (head * blocks.unit == size).astype(jnp.int32)
+            # What does not depend on the loop's index the compiler would compute whether the loop turns or not.
+            one = lambda i, state, size=size: body(begin + i * size, size, True, state)  # noqa: E731
+            state = data_loop(0, turns, one, state, expected=share)
 
-        def one_block(i: jax.Array, state: _State, first: jax.Array = first, size: int = size) -> _State:
-            return body(first * blocks.unit + i * size, size, state)
+    def one_more(i: jax.Array, state: _State) -> _State:
+        return body(begin + head * blocks.unit + i * blocks.sizes[0], blocks.sizes[0], False, state)
 
-        state = data_loop(0, count, one_block, state, expected=passes)
-        first = first + count * units
-    return state
+    return data_loop(0, (end - start - head) // most, one_more, state, expected=blocks.further)
 
 
 def _active(mean: float, experts: int) -> float:
@@ -85,12 +97,13 @@ def _blocks(mean: float, experts: int, sizes: tuple[int, ...]) -> Blocks:
     """Expectations by the Poisson law of an expert's load; of the passes, given that it has any."""
     mean = max(mean, 1e-6)  # nothing may be expected, but its logarithm is wanted
     spread = 8 * math.sqrt(mean) + 8
-    passes, total = [0.0] * len(sizes), 0.0
+    unit, most = sizes[-1], sizes[0] // sizes[-1]
+    first, further, total = [0.0] * len(sizes), 0.0, 0.0
     for load in range(max(int(mean - spread), 1), int(mean + spread) + 1):
         share = math.exp(load * math.log(mean) - mean - math.lgamma(load + 1))
         total += share
-        rest = -(-load // sizes[-1]) * sizes[-1]
-        for i, size in enumerate(sizes):
-            passes[i] += share * (rest // size)
-            rest %= size
-    return Blocks(sizes, _active(mean, experts), tuple(number / max(total, 1e-30) for number in passes))
+        rest, head = divmod(-(-load // unit) - 1, most)
+        first[most - 1 - head] += share
+        further += share * rest
+    total = max(total, 1e-30)
+    return Blocks(sizes, _active(mean, experts), tuple(share / total for share in first), further / total)

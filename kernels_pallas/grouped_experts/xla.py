@@ -102,7 +102,7 @@ def _forward(
         expert = groups.expert[i]
         into, w2 = _into(matrices, expert, x.dtype), matrices[2].one(expert, x.dtype)
 
-        def one_block(row: jax.Array, size: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def one_block(row: jax.Array, size: int, _: bool, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             both = dot(x[_rows(groups.token, row, size)], into)
             z = _swiglu(both, limit) * _rows(groups.share, row, size)[:, None]
             results = (dot(z.astype(x.dtype), w2), both)
@@ -139,7 +139,7 @@ def _row_by_row(
         expert = groups.expert[i]
         into, w2 = _into(matrices, expert, x.dtype), matrices[2].one(expert, x.dtype)
 
-        def one_row(row: jax.Array, _: int, out: jax.Array) -> jax.Array:
+        def one_row(row: jax.Array, _size: int, _is_first: bool, out: jax.Array) -> jax.Array:
             both = matrix_vector(into, x[groups.token[row]], precision(x))
             z = _swiglu(both, limit) * groups.share[row]
             return _put(out, matrix_vector(w2, z.astype(x.dtype), precision(x))[None], row)
@@ -214,8 +214,8 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
         into, w2 = _into(_stacks(matrices), expert, dtype).T, matrices[2][expert].T
 
         # A padding row repeats a real token, but its share of 0 keeps it out of every sum.
-        def one_block(row: jax.Array, size: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            d_x, d_share, d_into, d_w2 = state
+        def one_block(row: jax.Array, size: int, is_first: bool, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            d_x, d_share, *sums = state
             token, share = _rows(groups.token, row, size), _rows(groups.share, row, size)[:, None]
             x_block, d_block = x[token], d_out[token].astype(dtype)
             hidden, pull = jax.vjp(lambda both: _swiglu(both, limit), _rows(both, row, size))
@@ -223,24 +223,21 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
             d_both = pull(d_z * share)[0].astype(dtype)
             d_share = _put(d_share, jnp.sum(d_z * hidden, axis=-1), row)
             d_x = _put(d_x, dot(d_both, into), row)
-            return d_x, d_share, d_into + over_rows(d_both, x_block), d_w2 + over_rows(d_block, hidden * share)
+            own = over_rows(d_both, x_block), over_rows(d_block, hidden * share)
+            if not is_first:  # the first one overwrites what the expert before has left
+                own = (total + more for total, more in zip(sums, own, strict=True))
+            return d_x, d_share, *own
 
-        d_x, d_share, *d_matrices = state
-        zeros = jnp.zeros(into.shape[::-1], jnp.float32), jnp.zeros(w2.shape[::-1], jnp.float32)
-        state = (d_x, d_share, *zeros)
-        bounds = groups.first[expert], groups.last[expert]
-        d_x, d_share, d_into, d_w2 = over_blocks(*bounds, blocks, one_block, state)
-        own = (d_into[:hidden_size], d_into[hidden_size:], d_w2)
-        return (
-            d_x,
-            d_share,
-            *(d.at[expert].set(value.astype(d.dtype)) for d, value in zip(d_matrices, own, strict=True)),
-        )
+        state, d_matrices = state[:4], state[4:]
+        state = over_blocks(groups.first[expert], groups.last[expert], blocks, one_block, state)
+        own = (state[2][:hidden_size], state[2][hidden_size:], state[3])
+        filled = (d.at[expert].set(value.astype(d.dtype)) for d, value in zip(d_matrices, own, strict=True))
+        return *state, *filled
 
-    rows = groups.token.shape[0]
-    state = (jnp.zeros((rows, x.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32))
-    state = (*state, *(jnp.zeros_like(matrix) for matrix in matrices))
-    d_x, d_share, *d_matrices = data_loop(0, groups.active, one_expert, state, expected=blocks.experts)
+    rows, width = groups.token.shape[0], x.shape[1]
+    shapes = ((rows, width), (rows,), (2 * hidden_size, width), (width, hidden_size))
+    state = (*(jnp.zeros(shape, jnp.float32) for shape in shapes), *(jnp.zeros_like(matrix) for matrix in matrices))
+    d_x, d_share, _, _, *d_matrices = data_loop(0, groups.active, one_expert, state, expected=blocks.experts)
     no_gradient = np.zeros(experts.shape, jax.dtypes.float0)
     d_x = gather_sum(d_x, groups.slot).astype(dtype)
     d_weights = jnp.where(experts < matrices[0].shape[0], d_share[groups.slot], 0.0)

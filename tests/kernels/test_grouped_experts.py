@@ -87,27 +87,30 @@ def test_every_pick_gets_its_own_row_and_its_experts_block(experts, tokens, bloc
 @pytest.mark.parametrize(("picks", "experts"), [(9, 256), (64, 32), (700, 7), (2048, 32), (8192, 32), (90_000, 8)])
 def test_blocks_cover_every_unit_once_and_run_as_often_as_expected(picks, experts):
     blocks = blocks_for(picks, experts, picks)
-    assert all(size == 2 * smaller for size, smaller in zip(blocks.sizes, blocks.sizes[1:], strict=False))
+    assert all(size == smaller + blocks.unit for size, smaller in zip(blocks.sizes, blocks.sizes[1:], strict=False))
     assert blocks.sizes[0] <= max(picks, blocks.unit)
     most = 3 * picks // experts // blocks.unit + 9  # units
 
-    def mark(row, size, state):
-        seen, passes = state
+    def mark(row, size, is_first, state):
+        seen, heads, further = state
         seen = jax.lax.dynamic_update_slice(seen, 1 + jax.lax.dynamic_slice(seen, (row,), (size,)), (row,))
-        return seen, passes.at[blocks.sizes.index(size)].add(1)
+        return (seen, heads.at[blocks.sizes.index(size)].add(1), further) if is_first else (seen, heads, further + 1)
 
     @jax.jit
-    def run(first, last):
-        start = jnp.zeros(most * blocks.unit, jnp.int32), jnp.zeros(len(blocks.sizes), jnp.int32)
-        return over_blocks(first, last, blocks, mark, start)
+    def run(start, end):
+        heads = jnp.zeros(len(blocks.sizes), jnp.int32)
+        return over_blocks(start, end, blocks, mark, (jnp.zeros(most * blocks.unit, jnp.int32), heads, 0))
 
-    for first, last in ((0, 0), (0, 1), (1, most), (2, 7), (3, most - 1)):
+    for start, end in ((0, 1), (1, most), (2, 7), (3, most - 1)):
         want = np.zeros(most * blocks.unit, np.int32)
-        want[first * blocks.unit : last * blocks.unit] = 1
-        np.testing.assert_array_equal(run(first, last)[0], want)
+        want[start * blocks.unit : end * blocks.unit] = 1
+        seen, heads, _ = run(start, end)
+        np.testing.assert_array_equal(seen, want)
+        assert heads.sum() == 1
 
     rng = np.random.default_rng(0)
     loads = rng.multinomial(picks, np.full(experts, 1 / experts), size=2000 // experts + 10).ravel()
     loads = loads[loads > 0]
-    counts = np.stack([run(0, int(load))[1] for load in -(-loads // blocks.unit)])
-    np.testing.assert_allclose(blocks.passes, counts.mean(axis=0), rtol=0.1, atol=0.05)
+    counts = [run(0, int(load))[1:] for load in -(-loads // blocks.unit)]
+    np.testing.assert_allclose(blocks.first, np.mean([heads for heads, _ in counts], axis=0), rtol=0.1, atol=0.05)
+    np.testing.assert_allclose(blocks.further, np.mean([further for _, further in counts]), rtol=0.1, atol=0.05)
