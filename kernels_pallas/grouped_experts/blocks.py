@@ -43,18 +43,18 @@ def blocks_for(picks: float, experts: int, most: int) -> Blocks:
     quarter = 1 << max(int(mean).bit_length() - 3, 0)
     unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT) if mean >= _LARGE_UNIT else max(2 * quarter, _MIN_UNIT)
     larger = (unit * i for i in range(_MOST_UNITS, 1, -1)) if unit >= _LARGE_UNIT else ()
-    return _blocks(mean, experts, (*(size for size in larger if size <= most), unit))
+    return _blocks(picks, experts, (*(size for size in larger if size <= most), unit))
 
 
-def single_rows(picks: float, experts: int) -> Blocks:
-    """The same rows one by one."""
-    return _blocks(picks / experts, experts, (1,))
+def active_experts(picks: float, experts: int) -> float:
+    """Experts with work, by the Poisson law of an expert's load."""
+    return max(-experts * math.expm1(-picks / experts), 1e-9)  # a divisor, even where nothing is expected
 
 
 def expected_tiles(picks: float, experts: int, rows: int) -> float:
     """Tiles of `rows` rows in all, under an even load: some experts are empty, and each other pads half a tile."""
-    active = _active(picks / experts, experts)
-    return active * max(1.0, picks / max(active, 1e-9) / rows + 0.5)
+    active = active_experts(picks, experts)
+    return active * max(1.0, picks / active / rows + 0.5)
 
 
 def over_blocks(
@@ -88,14 +88,9 @@ def over_blocks(
     return data_loop(0, (end - start - head) // most, one_more, state, expected=blocks.further)
 
 
-def _active(mean: float, experts: int) -> float:
-    """Experts with work, by the Poisson law of an expert's load."""
-    return experts * -math.expm1(-mean)
-
-
-def _blocks(mean: float, experts: int, sizes: tuple[int, ...]) -> Blocks:
+def _blocks(picks: float, experts: int, sizes: tuple[int, ...]) -> Blocks:
     """Expectations by the Poisson law of an expert's load; of the passes, given that it has any."""
-    mean = max(mean, 1e-6)  # nothing may be expected, but its logarithm is wanted
+    mean = max(picks / experts, 1e-6)  # nothing may be expected, but its logarithm is wanted
     spread = 8 * math.sqrt(mean) + 8
     unit, most = sizes[-1], sizes[0] // sizes[-1]
     first, further, total = [0.0] * len(sizes), 0.0, 0.0
@@ -106,4 +101,4 @@ def _blocks(mean: float, experts: int, sizes: tuple[int, ...]) -> Blocks:
         first[most - 1 - head] += share
         further += share * rest
     total = max(total, 1e-30)
-    return Blocks(sizes, _active(mean, experts), tuple(share / total for share in first), further / total)
+    return Blocks(sizes, active_experts(picks, experts), tuple(share / total for share in first), further / total)

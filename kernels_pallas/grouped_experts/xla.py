@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_experts import tiles
-from kernels_pallas.grouped_experts.blocks import Blocks, blocks_for, expected_tiles, over_blocks, single_rows
+from kernels_pallas.grouped_experts.blocks import Blocks, active_experts, blocks_for, expected_tiles, over_blocks
 from kernels_pallas.grouped_experts.reference import dot, precision, swiglu
 from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import data_loop
@@ -132,22 +132,21 @@ def _row_by_row(
 ) -> jax.Array:
     """Each expert's matrices once, then its rows, each a vector: for few rows per expert on a CPU."""
     count = matrices[0].shape[0]
-    blocks = single_rows(picks, count)
-    groups = _group(experts, weights, count, blocks.unit)
+    groups, active = _group(experts, weights, count, 1), active_experts(picks, count)
 
     def one_expert(i: jax.Array, out: jax.Array) -> jax.Array:
         expert = groups.expert[i]
         into, w2 = _into(matrices, expert, x.dtype), matrices[2].one(expert, x.dtype)
 
-        def one_row(row: jax.Array, _size: int, _is_first: bool, out: jax.Array) -> jax.Array:
+        def one_row(row: jax.Array, out: jax.Array) -> jax.Array:
             both = matrix_vector(into, x[groups.token[row]], precision(x))
             z = _swiglu(both, limit) * groups.share[row]
             return _put(out, matrix_vector(w2, z.astype(x.dtype), precision(x))[None], row)
 
-        return over_blocks(groups.first[expert], groups.last[expert], blocks, one_row, out)
+        return data_loop(groups.first[expert], groups.last[expert], one_row, out, expected=picks / active)
 
     out = jnp.zeros((groups.token.shape[0], x.shape[1]), jnp.float32)
-    return gather_sum(data_loop(0, groups.active, one_expert, out, expected=blocks.experts), groups.slot)
+    return gather_sum(data_loop(0, groups.active, one_expert, out, expected=active), groups.slot)
 
 
 def _inference(
