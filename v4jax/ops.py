@@ -19,13 +19,15 @@ from kernels_pallas.grouped_experts.stacks import ExpertStack, k_major
 from kernels_pallas.hyper_connection import unpack_maps
 from kernels_pallas.index_topk.reference import scores as index_scores
 from kernels_pallas.loops import data_loop
+from kernels_pallas.materialize import materialized, with_materialized_gradient
 from kernels_pallas.ordering import by_key, gather_sum
 from kernels_pallas.sparse_attention import merge_partials
-from kernels_pallas.vectors import matrix_vector
+from kernels_pallas.vectors import are_joined, matrix_vector
 from v4jax.errors import UsageError
 
 __all__ = [
     "ExpertStack",
+    "are_joined",
     "by_key",
     "data_loop",
     "forced_implementations",
@@ -39,12 +41,14 @@ __all__ = [
     "index_topk",
     "index_topk_decode",
     "k_major",
+    "materialized",
     "matrix_vector",
     "merge_partials",
     "sparse_attention",
     "sparse_attention_decode",
     "swiglu",
     "unpack_maps",
+    "with_materialized_gradient",
 ]
 
 _OVERRIDES: ContextVar[dict[str, str] | None] = ContextVar("implementation overrides", default=None)

@@ -61,7 +61,7 @@ def _weighted_sum_backward(saved: tuple[jax.Array, jax.Array], d_x: jax.Array) -
     return jnp.moveaxis(d_weights, -1, 0), d_streams.astype(streams.dtype)
 
 
-weighted_sum.defvjp(lambda weights, streams: (weighted_sum(weights, streams), (weights, streams)), _weighted_sum_backward)
+weighted_sum.defvjp(lambda *given: (weighted_sum(*given), given), _weighted_sum_backward)
 
 
 seam = functools.partial(reference.seam, mix=write, collapse=weighted_sum)

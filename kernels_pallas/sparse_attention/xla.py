@@ -209,4 +209,4 @@ def sparse_attention_decode(
     groups = ((ring, ring_valid[:, None]),)
     if entries is not None and visible is not None:
         groups = (*groups, (entries, visible[:, None]))
-    return _attend(q[:, None], groups, sink, scale)[:, 0]
+    return jnp.squeeze(_attend(q[:, None], groups, sink, scale), axis=1)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from v4jax.errors import UserError
@@ -109,3 +110,20 @@ def test_recipes_are_valid_and_flags_replace_their_fields() -> None:
 def test_rejects_an_unknown_recipe_and_offers_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean quickstart"):
         resolve("quikstart")
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_clipping_is_optax(size: float) -> None:
+    options = TrainOptions(learning_rate=0.1, warmup_steps=0, weight_decay=0.0, steps=10, clip=1.0, epsilon=1e-2)
+    rng = np.random.default_rng(0)
+    gradients = {name: jnp.asarray(size * rng.standard_normal((3, 4)), jnp.float32) for name in ("a", "b")}
+    parameters = jax.tree.map(jnp.zeros_like, gradients)
+    ours = make_optimizer(options, {"a": "matrix", "b": "norm"})
+    theirs = optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        optax.adamw(
+            learning_rate_schedule(options), b1=options.beta1, b2=options.beta2, eps=options.epsilon, weight_decay=0.0
+        ),
+    )
+    got, want = (jax.jit(o.update)(gradients, o.init(parameters), parameters)[0] for o in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)

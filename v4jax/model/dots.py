@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas.materialize import materialized, with_materialized_gradient
-from kernels_pallas.tpu import current_platform
 from v4jax import ops
 from v4jax.dtypes import DTypePolicy
 
@@ -16,7 +14,7 @@ def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy
     x, weight = x.astype(policy.compute), weight.astype(policy.compute)
     numbers = (((x.ndim - 1,), (2,)), ((x.ndim - 2,), (0,)))
     out = jax.lax.dot_general(x, weight, numbers, precision=policy.precision, preferred_element_type=jnp.float32)
-    out = with_materialized_gradient(out)
+    out = ops.with_materialized_gradient(out)
     return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-2], -1).astype(policy.compute)
 
 
@@ -26,23 +24,15 @@ def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax
         return ops.matrix_vector(weight, x.reshape(-1), precision).reshape(*x.shape[:-1], -1)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     out = jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
-    return with_materialized_gradient(out)
+    return ops.with_materialized_gradient(out)
 
 
 def joint_dots(x: jax.Array, weights: tuple[jax.Array, ...], precision: jax.lax.Precision) -> tuple[jax.Array, ...]:
-    """`full_dot` of x with each of several matrices; on a CPU one product with all of them, which are copied together.
-
-    XLA's CPU reaches a good half more of its speed with 512 rows of a matrix than with 256.
-    """
-    is_worth_it = x.size >= _MANY_ROWS * x.shape[-1] and current_platform() == "cpu"
-    if not is_worth_it:
+    """`full_dot` of x with each of several matrices, as one product where that is faster."""
+    if not ops.are_joined(x.size // x.shape[-1]):
         return tuple(full_dot(x, weight, precision) for weight in weights)
     ends = np.cumsum([weight.shape[0] for weight in weights])[:-1].tolist()
     return tuple(jnp.split(full_dot(x, jnp.concatenate(weights), precision), ends, axis=-1))
-
-
-_MANY_ROWS = 256
-"""From so many rows of x on, copying a matrix is little beside multiplying by it."""
 
 
 @jax.custom_vjp
@@ -57,7 +47,7 @@ def float32_dot(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[A
 
 def _float32_dot_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    d_out = materialized(d_out)
+    d_out = ops.materialized(d_out)
     precision = jax.lax.Precision.HIGH if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     d_x = jnp.matmul(d_out, weight.astype(jnp.float32), precision=precision)
     tokens = tuple(range(x.ndim - 1))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.materialize import materialized
+from v4jax import ops
 from v4jax.config import ModelConfig, RopeScaling
 
 
@@ -61,8 +61,8 @@ def rotation(positions: Int[Array, "*T"], table: np.ndarray) -> Rotation:
     """The rotation at integer positions; the angles are formed in float32, as the reference does."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(np.repeat(table, 2))
     signs = np.tile(np.array([-1, 1], np.float32), len(table))
-    # Without a barrier XLA's CPU puts sines and cosines into every reader: once per head, in every layer.
-    return materialized(Rotation(jnp.cos(angles), jnp.sin(angles) * signs))
+    # Otherwise XLA's CPU puts sines and cosines into every reader: once per head, in every layer.
+    return ops.materialized(Rotation(jnp.cos(angles), jnp.sin(angles) * signs))
 
 
 @jax.custom_vjp
