@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.loops import data_loop
+from kernels_pallas.tpu import current_platform
 
 _State = TypeVar("_State")
 _MAX_UNIT, _MIN_UNIT = 128, 4
 _LARGE_UNIT = 16
-"""From here on there are larger blocks too."""
+"""With a mean load from here on there are larger blocks too."""
 _MOST_UNITS = 8
 
 
@@ -37,12 +38,15 @@ class Blocks(NamedTuple):
 def blocks_for(picks: float, experts: int, most: int) -> Blocks:
     """For about `picks` rows that fall on `experts` at random, and never more than `most`.
 
-    The unit is a power of two, up to half the mean load if that is small, else up to a quarter.
+    The unit is a power of two: up to a quarter of the mean load where there are larger blocks too, else up to half of
+    it. A GPU has one size of block: it waits for every loop, whether that turns or not.
     """
     mean = picks / experts
     quarter = 1 << max(int(mean).bit_length() - 3, 0)
-    unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT) if mean >= _LARGE_UNIT else max(2 * quarter, _MIN_UNIT)
-    larger = (unit * i for i in range(_MOST_UNITS, 1, -1)) if unit >= _LARGE_UNIT else ()
+    if mean < _LARGE_UNIT or current_platform() != "cpu":
+        return _blocks(picks, experts, (min(max(2 * quarter, _MIN_UNIT), _MAX_UNIT),))
+    unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT)
+    larger = (unit * i for i in range(_MOST_UNITS, 1, -1))
     return _blocks(picks, experts, (*(size for size in larger if size <= most), unit))
 
 

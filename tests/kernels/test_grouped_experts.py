@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from kernels_pallas.grouped_experts import blocks as blocks_module
 from kernels_pallas.grouped_experts import grouped_experts, xla
 from kernels_pallas.grouped_experts.blocks import blocks_for, over_blocks
 
@@ -82,6 +83,12 @@ def test_every_pick_gets_its_own_row_and_its_experts_block(experts, tokens, bloc
     first, last = np.asarray(groups.first), np.asarray(groups.last)
     assert ((first[chosen] <= slot // block) & (slot // block < last[chosen])).all()
     assert set(np.asarray(groups.expert)[: int(groups.active)]) == set(np.unique(chosen))
+
+
+def test_a_gpu_has_blocks_of_one_size(monkeypatch):
+    assert len(blocks_for(8192, 32, 8192).sizes) == 8
+    monkeypatch.setattr(blocks_module, "current_platform", lambda: "gpu")
+    assert blocks_for(8192, 32, 8192).sizes == (128,)
 
 
 @pytest.mark.parametrize(("picks", "experts"), [(9, 256), (64, 32), (700, 7), (2048, 32), (8192, 32), (90_000, 8)])
