@@ -43,6 +43,8 @@ def parts_of(rows: int, columns: int) -> int:
 def are_joined(rows: int) -> bool:
     """Whether several matrices that multiply the same rows are better copied together and multiplied once.
 
-    With 256 outputs XLA's CPU reaches some two thirds of the speed that it has with 512.
+    The rows are read once, and backward one product takes the place of several whose results are added. Joining the
+    shared expert's gate and up, and the queries' and keys' first matrices, saves a few percent of a training step of
+    the 137M-parameter model.
     """
     return rows >= _MANY_ROWS and current_platform() == "cpu"
