@@ -44,6 +44,7 @@ __all__ = [
     "materialized",
     "matrix_vector",
     "merge_partials",
+    "selection_form",
     "sparse_attention",
     "sparse_attention_decode",
     "swiglu",
@@ -88,6 +89,7 @@ def _switched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 grouped_experts = _switched("grouped_experts", _grouped_experts.grouped_experts)
 index_topk = _switched("index_topk", _index_topk.index_topk)
 index_topk_decode = _switched("index_topk_decode", _index_topk.index_topk_decode)
+selection_form = _switched("sparse_attention", _sparse_attention.selection_form)
 sparse_attention = _switched("sparse_attention", _sparse_attention.sparse_attention)
 sparse_attention_decode = _switched("sparse_attention_decode", _sparse_attention.sparse_attention_decode)
 hyper_connection_seam = _switched("hyper_connection_seam", _hyper_connection.seam)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -18,12 +19,24 @@ _OP = declare(
     xla=xla.sparse_attention,
     reference=reference.sparse_attention,
 )
+_MOST_PER_SELECTED = 64
+"""Entries per selected one up to which a mask has at most twice the bytes of a list: training keeps it."""
 _DECODE = declare(
     "sparse_attention_decode",
     pallas=kernel_decode.sparse_attention_decode,
     xla=functools.partial(of_one_layer, xla.sparse_attention_decode, xla.GATHER_FROM),
     reference=functools.partial(of_one_layer, reference.sparse_attention_decode, None),
 )
+
+
+def selection_form(topk: int, entries: int, implementation: Implementation | None = None) -> Literal["list", "mask"]:
+    """The form of selections that costs `sparse_attention` and `index_topk` together least; both take and give either.
+
+    The kernels read bits. To list them costs a query of `index_topk` as much as to choose among 2048 entries, and to
+    make bits of a list again a third of that (bundles on v6e).
+    """
+    is_kernel = _OP.resolve(implementation) == "pallas"
+    return "mask" if is_kernel and entries <= _MOST_PER_SELECTED * topk else "list"
 
 
 def sparse_attention(
@@ -41,7 +54,7 @@ def sparse_attention(
     *,
     window: int,
     scale: float,
-    is_sound_selection: bool = False,
+    sound_topk: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S N H"]:
     """One softmax over the last `window` keys, compressed entries and a per-head sink (architecture.md §5).
@@ -59,8 +72,8 @@ def sparse_attention(
       selection: indices into P that a query is restricted to, −1 for none.
       selection_mask: the same as bits, bit j of word w for entry 32 w + j (D = ⌈P / 32⌉). Without either, a query
         attends to all visible entries.
-      is_sound_selection: the caller vouches that each query's `selection` names visible entries only and none twice,
-        as `index_topk` does. Only with it the kernels may read the entries that neighbouring queries chose, one by
+      sound_topk: the caller vouches that each query has selected visible entries only, none twice and at most so many,
+        as with `index_topk`. Only with it the kernels may read the entries that neighbouring queries chose, one by
         one, instead of all (`prefill_union`); no other implementation needs to know.
       scale: multiplies the dot products; positive.
       implementation: None (the platform's default), "pallas" (TPU: forward and backward kernels), "xla" (blocked,
@@ -76,7 +89,7 @@ def sparse_attention(
     _check(q, keys, entries, entry_end, entry_segment, selection, selection_mask, window, scale)
     return function(
         q, keys, sink, q_position, q_segment, key_segment, entries, entry_end, entry_segment, selection,
-        selection_mask, window=window, scale=scale, is_sound_selection=is_sound_selection,
+        selection_mask, window=window, scale=scale, sound_topk=sound_topk,
     )  # fmt: skip
 
 

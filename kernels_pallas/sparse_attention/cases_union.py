@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.cases import Case, Matmul, Model
 from kernels_pallas.sparse_attention import prefill_union
-from kernels_pallas.sparse_attention.api import sparse_attention
+from kernels_pallas.sparse_attention.api import selection_form, sparse_attention
 from kernels_pallas.sparse_attention.block_sizes_union import default_union_sizes
+from kernels_pallas.sparse_attention.layout import WORD
 from kernels_pallas.tpu import LANES, cdiv, current_chip
 
 _DIM = 512
@@ -20,14 +21,15 @@ _PACKED_ROW = 584
 
 
 def _arrays(length: int, heads: int, entries: int, topk: int) -> dict[str, Any]:
-    """Entries with rows in one piece, as caches hold them."""
+    """Entries with rows in one piece, as caches hold them; selections in the form that the model takes."""
     a, i, b = jax.ShapeDtypeStruct, jnp.int32, jnp.bfloat16
     lines = _DIM // LANES
-    return dict(
+    form = selection_form(topk, entries, "pallas")
+    name, width = ("selection", topk) if form == "list" else ("selection_mask", cdiv(entries, WORD))
+    return {name: a((1, length, width), i)} | dict(
         q=a((1, length, heads, _DIM), b), keys=a((1, _WINDOW + length, _DIM), b), sink=a((heads,), jnp.float32),
         q_position=a((1, length), i), q_segment=a((1, length), i), key_segment=a((1, _WINDOW + length), i),
         entries=a((1, entries, lines, LANES), b), entry_end=a((1, entries), i), entry_segment=a((1, entries), i),
-        selection=a((1, length, topk), i),
     )  # fmt: skip
 
 
@@ -35,22 +37,22 @@ def _joined(rows: jax.Array) -> jax.Array:
     return rows.reshape(*rows.shape[:2], _DIM)
 
 
-def _fixed(arrays: dict[str, Any], d_out: Any = None, *, members: int) -> Any:
+def _fixed(arrays: dict[str, Any], d_out: Any = None, *, members: int, topk: int) -> Any:
     """The kernels with as many blocks as hold `members`; with d(out) the gradients too."""
     q, keys, sink = (arrays[name] for name in ("q", "keys", "sink"))
     entries = _joined(arrays["entries"])
     sizes = default_union_sizes(q.shape[2], q.dtype, current_chip())
     blocks = cdiv(members, sizes[0].rows)
-    static = prefill_union.Static(_WINDOW, _DIM**-0.5, *sizes, current_chip(), blocks)
-    names = ("q_position", "q_segment", "key_segment", "selection")
-    places = prefill_union.Places(*(arrays[name] for name in names))
+    static = prefill_union.Static(_WINDOW, _DIM**-0.5, topk, *sizes, current_chip(), blocks)
+    names = ("q_position", "q_segment", "key_segment", "selection", "selection_mask")
+    places = prefill_union.Places(*(arrays.get(name) for name in names))  # pyright: ignore
     out, stats = prefill_union.run(static, q, keys, sink, entries, places, with_stats=d_out is not None)
     if d_out is None:
         return out
     return out, prefill_union.gradients(static, q, keys, sink, entries, places, out, d_out, stats)
 
 
-def _any_union(arrays: dict[str, Any], d_out: jax.Array) -> Any:
+def _any_union(arrays: dict[str, Any], d_out: jax.Array, *, topk: int) -> Any:
     """The public function and its gradients, for unions of any size."""
     names = ("q", "keys", "sink", "entries")
     out, pullback = jax.vjp(
@@ -58,7 +60,7 @@ def _any_union(arrays: dict[str, Any], d_out: jax.Array) -> Any:
             **arrays | some | {"entries": _joined(some["entries"])},
             window=_WINDOW,
             scale=_DIM**-0.5,
-            is_sound_selection=True,
+            sound_topk=topk,
             implementation="pallas",
         ),
         {name: arrays[name] for name in names},
@@ -74,8 +76,8 @@ def _case(
 
     def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
         arrays = _arrays(length, heads, entries, topk)
-        function = _any_union if members is None else functools.partial(_fixed, members=members)
-        return function, (arrays, arrays["q"]) if is_training else (arrays,)
+        own = _any_union if members is None else functools.partial(_fixed, members=members)
+        return functools.partial(own, topk=topk), (arrays, arrays["q"]) if is_training else (arrays,)
 
     rows = length * heads
     said = "as many as the data say" if members is None else f"{members} members"
@@ -97,6 +99,7 @@ UNION_CASES = (
     _case("csa_2048_1m_8_heads_union_1024", "flash", 8, _1M, 512, 1024),
     _case("csa_training_16k_of_64k_union_1024", "flash", 64, 1 << 14, 512, 1024, length=1 << 14, is_training=True),
     _case("csa_training_of_64k", "flash", 64, 1 << 14, 512, None, is_training=True, in_ci=True),
+    _case("csa_2048_128k_pro_union_2048", "pro", 128, _128K, 1024, 2048),
     _case("csa_2048_1m_pro_union_2048", "pro", 128, _1M, 1024, 2048),
     _case("csa_training_of_64k_pro", "pro", 128, 1 << 14, 1024, None, is_training=True),
     _case("csa_training_of_64k_16_heads_pro", "pro", 16, 1 << 14, 1024, None, is_training=True),

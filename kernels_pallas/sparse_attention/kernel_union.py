@@ -1,13 +1,12 @@
-"""The union of the selections of neighbouring queries: each chosen entry once, with a word that says who chose it.
+"""The union of neighbouring selections given as lists: each chosen entry once, with a word that says who chose it.
 
 One grid step takes a tile of Q queries, Q · K indices in a few registers, and
 
 1. sorts the pairs (index, query) by a bitonic network,
 2. joins equal neighbours: the first of a run keeps the bits of all of its queries,
-3. moves the firsts to the front, each by as many places as others lie before it, one bit of that number at a time.
+3. moves the firsts to the front (`places`).
 
-Neither the number of entries nor any array of that length comes in. A place in the order is (lane, sublane, register),
-the register's number running fastest: most steps of the network, and prefix sums, then go between whole registers.
+Neither the number of entries nor any array of that length comes in.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from kernels_pallas.sparse_attention.layout import WORD, pad_to
+from kernels_pallas.sparse_attention.places import Registers, ahead, iota, one_behind, to_front, zeros_before
 from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, compiler_params
 
-Registers = jax.Array
-"""int32 [V, 8, 128], V a power of two: place p = (8 · lane + sublane) · V + register."""
 _FIRST, _NONE = 1 << 23, 0x7F7FFFFF
 """Pairs are sorted as the float32 of the same bits: positive ones have the integers' order, and unlike integers a TPU
 takes the smaller of two in one operation. From 2^23 on they are not subnormal; the largest is none."""
@@ -40,34 +38,9 @@ class Unions(NamedTuple):
     """int32 [B, T]: how many members."""
 
 
-def _iota(axis: int) -> jax.Array:
-    """Number of the sublane (1) or lane (2), for a register: [1, 8, 128]."""
-    return jax.lax.broadcasted_iota(jnp.int32, (1, SUBLANES, LANES), axis)
-
-
-def _rows_ahead(x: Registers, count: int) -> Registers:
-    if count >= SUBLANES:
-        return pltpu.roll(x, LANES - count // SUBLANES, 2)
-    turned = pltpu.roll(x, SUBLANES - count, 1)
-    return jnp.where(_iota(1) < SUBLANES - count, turned, pltpu.roll(turned, LANES - 1, 2))
-
-
-def _ahead(x: Registers, count: int) -> Registers:
-    """What lies `count` places, a power of two, further on; the end goes on at the start."""
-    if count < x.shape[0]:
-        return jnp.concatenate([x[count:], _rows_ahead(x[:count], 1)])
-    return _rows_ahead(x, count // x.shape[0])
-
-
-def _one_behind(x: Registers) -> Registers:
-    turned = pltpu.roll(x[-1:], 1, 1)
-    first = jnp.where(_iota(1) > 0, turned, pltpu.roll(turned, 1, 2))
-    return jnp.concatenate([first, x[:-1]])
-
-
 def _bit_of_row(bit: int) -> jax.Array:
     """Whether (lane, sublane), the sublane's number running fastest, has this bit: [1, 8, 128]."""
-    return (_iota(1) >> bit if bit < 3 else _iota(2) >> (bit - 3)) & 1 == 1
+    return (iota(1) >> bit if bit < 3 else iota(2) >> (bit - 3)) & 1 == 1
 
 
 def _exchanged_rows(x: Registers, bit: int) -> Registers:
@@ -118,45 +91,13 @@ def _joined(x: Registers, queries: int) -> tuple[Registers, Registers]:
     words = own = jnp.where(x != _NONE, jnp.left_shift(jnp.int32(1), x & (WORD - 1)), 0)
     step = 1
     while step < queries:
-        words = words | jnp.where(_ahead(index, step) == index, _ahead(words, step), 0)
+        words = words | jnp.where(ahead(index, step) == index, ahead(words, step), 0)
         step *= 2
-    before = _one_behind(index)
-    is_start = (_iota(1) == 0) & (_iota(2) == 0)
+    before = one_behind(index)
+    is_start = (iota(1) == 0) & (iota(2) == 0)
     before = jnp.concatenate([jnp.where(is_start, -1, before[:1]), before[1:]])
     is_first = before != index
     return index, jnp.where(is_first & (own != 0), words, 0)
-
-
-def _zeros_before(words: Registers) -> Registers:
-    """How many zeros lie before each place."""
-    zeros = jnp.where(words == 0, 1, 0)
-    within, total = [], jnp.zeros((1, SUBLANES, LANES), jnp.int32)
-    for number in range(words.shape[0]):
-        within.append(total)
-        total = total + zeros[number : number + 1]
-    rows = total
-    for step in (1, 2, 4):
-        rows = rows + jnp.where(_iota(1) >= step, pltpu.roll(rows, step, 1), 0)
-    of_lane = jnp.broadcast_to(rows[:, SUBLANES - 1 :], rows.shape)
-    lanes = of_lane
-    for step in (1, 2, 4, 8, 16, 32, 64):
-        lanes = lanes + jnp.where(_iota(2) >= step, pltpu.roll(lanes, step, 2), 0)
-    return jnp.concatenate(within) + (lanes - of_lane + rows - total)
-
-
-def _compressed(index: Registers, words: Registers) -> tuple[Registers, Registers]:
-    """Moves what has a word to the front, in order."""
-    left = jnp.where(words == 0, 0, _zeros_before(words))
-    step = 1
-    while step < index.size:
-        # What moves by `step` finds its place empty: the lower bits of both distances have been moved already.
-        arriving = _ahead(left, step)
-        arrives, leaves = arriving & step != 0, left & step != 0
-        index = jnp.where(arrives, _ahead(index, step), index)
-        words = jnp.where(arrives, _ahead(words, step), jnp.where(leaves, 0, words))
-        left = jnp.where(arrives, arriving, jnp.where(leaves, 0, left))
-        step *= 2
-    return index, words
 
 
 def _unite(selection: Any, members: Any, words: Any) -> None:
@@ -166,7 +107,8 @@ def _unite(selection: Any, members: Any, words: Any) -> None:
     pairs = jnp.where(selection[0] >= 0, selection[0] * WORD + query + _FIRST, _NONE)
     pairs = jnp.concatenate([pairs[:, at : at + LANES] for at in range(0, topk, LANES)], axis=0)
     pairs = pairs.reshape(-1, SUBLANES, LANES)
-    index, word = _compressed(*_joined(_sorted(pairs), queries))
+    index, word = _joined(_sorted(pairs), queries)
+    _, word, (index,) = to_front(jnp.where(word == 0, 0, zeros_before(word)), word, (index,))
     first = jnp.where(word[:1, :1, :1] != 0, index[:1, :1, :1], 0)
     index = jnp.where(word != 0, index, jnp.broadcast_to(first, index.shape))
     for x, out in ((index, members), (word, words)):

@@ -42,9 +42,9 @@ class _Places(NamedTuple):
     entry_end: jax.Array | None
     entry_segment: jax.Array | None
     selection: jax.Array | None
-    """Of the union path."""
+    """A list, which the union path alone takes."""
     bits: jax.Array | None
-    """Of the dense path."""
+    """A mask, which both paths take."""
 
 
 class _Static(NamedTuple):
@@ -54,6 +54,8 @@ class _Static(NamedTuple):
     backward: BlockSizes
     union: tuple[UnionSizes, UnionSizes] | None
     """Forward and backward, of the union path where it is taken."""
+    topk: int
+    """Most entries that a query has selected, there."""
     chip: Chip
 
 
@@ -72,15 +74,15 @@ def sparse_attention(
     *,
     window: int,
     scale: float,
-    is_sound_selection: bool = False,
+    sound_topk: int | None = None,
     forward_sizes: BlockSizes | None = None,
     backward_sizes: BlockSizes | None = None,
     union_sizes: tuple[UnionSizes, UnionSizes] | None = None,
 ) -> Float[Array, "B S N H"]:
     """See `api.sparse_attention`.
 
-    The union path is taken for a sound list of which `prefill_union.is_worth_it` says so, or where its block sizes are
-    given; the dense one otherwise. Block sizes: None for those of the chip that is compiled for.
+    The union path is taken for a sound selection of which `prefill_union.is_worth_it` says so, or where its block sizes
+    are given; the dense one otherwise. Block sizes: None for those of the chip that is compiled for.
 
     Raises:
       ValueError: blocks that do not fit into VMEM, with the bytes needed and available.
@@ -91,9 +93,10 @@ def sparse_attention(
     if size == 0:
         entries, entry_end, entry_segment, selection, selection_mask = None, None, None, None, None
     heads = round_up(q.shape[2], SUBLANES)
-    if selection is None or not is_sound_selection:
+    is_selective = selection is not None or selection_mask is not None
+    if sound_topk is None or not is_selective:
         union_sizes = None
-    elif prefill_union.is_worth_it(selection.shape[-1], size, heads):
+    elif prefill_union.is_worth_it(sound_topk, size, heads):
         union_sizes = union_sizes or default_union_sizes(heads, q.dtype, current_chip())
     if selection is not None and union_sizes is None:
         selection, selection_mask = None, bits_of_selection(selection, size, current_chip())
@@ -101,7 +104,7 @@ def sparse_attention(
         window, scale,
         forward_sizes or default_block_sizes(heads, size, q.dtype),
         backward_sizes or default_block_sizes(heads, size, q.dtype, is_backward=True),
-        union_sizes, current_chip(),
+        union_sizes, min(sound_topk or 0, size), current_chip(),
     )  # fmt: skip
     places = _Places(q_position, q_segment, key_segment, entry_end, entry_segment, selection, selection_mask)
     if selection_mask is not None:
@@ -136,9 +139,8 @@ def _run(
 
 def _of_union(static: _Static, q: Any, keys: Any, sink: Any, entries: Any, places: _Places) -> tuple[Any, ...]:
     assert static.union is not None
-    assert places.selection is not None
-    own = prefill_union.Static(static.window, static.scale, *static.union, static.chip)
-    return own, q, keys, sink, entries, prefill_union.Places(*places[:3], places.selection)
+    own = prefill_union.Static(static.window, static.scale, static.topk, *static.union, static.chip)
+    return own, q, keys, sink, entries, prefill_union.Places(*places[:3], places.selection, places.bits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,6 +11,7 @@ from kernels_pallas.sparse_attention.block_sizes_union import UnionSizes, check_
 from kernels_pallas.sparse_attention.kernel import LOG2_E
 from kernels_pallas.sparse_attention.kernel_gather import Lists
 from kernels_pallas.sparse_attention.kernel_union import unions
+from kernels_pallas.sparse_attention.kernel_union_bits import unions_of_bits
 from kernels_pallas.sparse_attention.layout import (
     NEVER,
     Operands,
@@ -34,6 +35,8 @@ class Static(NamedTuple):
 
     window: int
     scale: float
+    topk: int
+    """Most entries that a query has selected."""
     forward: UnionSizes
     backward: UnionSizes
     chip: Chip
@@ -47,7 +50,9 @@ class Places(NamedTuple):
     q_position: jax.Array
     q_segment: jax.Array
     key_segment: jax.Array
-    selection: jax.Array
+    selection: jax.Array | None
+    """A list, or else the mask says it."""
+    selection_mask: jax.Array | None
 
 
 def is_worth_it(topk: int, entries: int, heads: int) -> bool:
@@ -71,8 +76,12 @@ def _shape(sizes: UnionSizes, window: int, q: jax.Array) -> Shape:
     return shape._replace(dim=round_up(shape.dim, LANES * 4 // q.dtype.itemsize))
 
 
-def _lists(static: Static, sizes: UnionSizes, selection: jax.Array, size: int) -> Lists:
-    found = unions(selection, sizes.queries, static.chip)
+def _lists(static: Static, sizes: UnionSizes, places: Places, size: int) -> Lists:
+    if places.selection is not None:
+        found = unions(places.selection, sizes.queries, static.chip)
+    else:
+        assert places.selection_mask is not None
+        found = unions_of_bits(places.selection_mask, static.topk, sizes.queries, static.chip)
     batch, tiles, height, _ = found.members.shape
     address = jnp.clip(found.members, 0, size - 1) + size * jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
     address, words = (x.reshape(batch * tiles, height, LANES) for x in (address, found.words))
@@ -97,18 +106,18 @@ def run(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output as `api.sparse_attention`'s, and the statistics [B, S, N padded to 128] of `kernel.forward`.
 
-    Every listed entry is visible to its query, and none is twice in a list.
+    Every selected entry is visible to its query, and none is twice in a list.
 
     Raises:
       ValueError: blocks that do not fit into VMEM.
     """
     sizes, shape, size = static.forward, _shape(static.forward, static.window, q), entries.shape[1]
-    lists = _lists(static, sizes, places.selection, size)
+    lists = _lists(static, sizes, places, size)
     check_forward(sizes, shape.heads, shape.dim, shape.window, lists.words[0].size, q.dtype, static.chip)
     given = _operands(static, shape, sizes, q, keys, sink, places)
     call = functools.partial(
         kernel_gather.forward, lists, given, shape=shape, sizes=sizes, scale=static.scale, blocks=static.blocks,
-        expected=expected_members(places.selection.shape[-1], size), with_stats=with_stats, chip=static.chip,
+        expected=expected_members(static.topk, size), with_stats=with_stats, chip=static.chip,
     )  # fmt: skip
     out, stats = with_words(lambda x: call(source=x), _row_source(entries, shape.dim))
     return unrows(out, shape, q), stats if stats is None else stats[:, : q.shape[1]]
@@ -137,7 +146,7 @@ def gradients(
     """
     sizes, shape = static.backward, _shape(static.backward, static.window, q)
     size, dim = entries.shape[1:]
-    lists = _lists(static, sizes, places.selection, size)
+    lists = _lists(static, sizes, places, size)
     capacity = lists.words[0].size
     check_backward(sizes, shape.heads, shape.dim, shape.window, capacity, q.dtype, static.chip)
     given = _operands(static, shape, sizes, q, keys, sink, places)
@@ -154,7 +163,7 @@ def gradients(
     )
     call = functools.partial(
         kernel_gather_bwd.backward, lists, sums, per_row, given, rows(d_out, shape, sizes), shape=shape, sizes=sizes,
-        scale=static.scale, expected=expected_members(places.selection.shape[-1], size), chip=static.chip,
+        scale=static.scale, expected=expected_members(static.topk, size), chip=static.chip,
         blocks=static.blocks,
     )  # fmt: skip
     dq, dkeys, dentries = with_words(lambda x: call(source=x), _row_source(entries, shape.dim))

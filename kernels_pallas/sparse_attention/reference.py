@@ -70,7 +70,7 @@ def sparse_attention(
     *,
     window: int,
     scale: float,
-    is_sound_selection: bool = False,
+    sound_topk: int | None = None,
 ) -> Float[Array, "B S N H"]:
     """See `api.sparse_attention`."""
     length = q.shape[1]

@@ -31,7 +31,7 @@ def sharded_sparse_attention(
     head_axes: Axes = None,
     window: int,
     scale: float,
-    is_sound_selection: bool = False,
+    sound_topk: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B S N H"]:
     """`sparse_attention` inside `shard_map`; gradients to keys and entries are summed over the head axes.
@@ -63,7 +63,7 @@ def sharded_sparse_attention(
 
     def local(arrays: dict[str, Any]) -> jax.Array:
         return sparse_attention(
-            **arrays, window=window, scale=scale, is_sound_selection=is_sound_selection, implementation=implementation
+            **arrays, window=window, scale=scale, sound_topk=sound_topk, implementation=implementation
         )
 
     # A kernel's results carry no record of what varies over which axis, so the check of it has to be off.

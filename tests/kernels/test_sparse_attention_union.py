@@ -12,6 +12,7 @@ import tolerances
 from hypothesis import given, settings
 from test_sparse_attention_pallas import SCALE, interpreted, problem, reference, relative, with_gradients
 
+from kernels_pallas.index_topk.reference import pack_mask
 from kernels_pallas.sparse_attention import prefill, sparse_attention
 from kernels_pallas.sparse_attention.block_sizes import default_block_sizes
 from kernels_pallas.sparse_attention.block_sizes_union import (
@@ -21,6 +22,7 @@ from kernels_pallas.sparse_attention.block_sizes_union import (
     default_union_sizes,
 )
 from kernels_pallas.sparse_attention.kernel_union import padded_topk, unions
+from kernels_pallas.sparse_attention.kernel_union_bits import unions_of_bits
 from kernels_pallas.tpu import CHIPS
 
 SMALL = (UnionSizes(8, 4, 128), UnionSizes(8, 4, 128))
@@ -35,10 +37,16 @@ def wanted_union(lists):
     return found
 
 
-def assert_unions_are_right(selection, queries):
-    given = jnp.asarray(selection, jnp.int32)
-    found = interpreted(lambda: jax.jit(lambda x: unions(x, queries, CHIPS["v6e"]))(given))
-    count, group = np.asarray(found.size), found.words.shape[2]
+def assert_unions_are_right(selection, queries, size=None):
+    """Of lists; or of bits, where there is a size."""
+    if size is None:
+        given, group = jnp.asarray(selection, jnp.int32), None
+        call = lambda x: unions(x, queries, CHIPS["v6e"])  # noqa: E731
+    else:
+        given, group = pack_mask(jnp.asarray(selection), size), 1
+        call = lambda x: unions_of_bits(x, selection.shape[-1], queries, CHIPS["v6e"])  # noqa: E731
+    found = interpreted(lambda: jax.jit(call)(given))
+    count, group = np.asarray(found.size), group or found.words.shape[2]
     index, words = (np.asarray(x).reshape(*count.shape, -1) for x in (found.members, found.words))
     for row, lists in enumerate(selection):
         for tile in range(index.shape[1]):
@@ -73,6 +81,31 @@ def test_unions_of_32_queries_with_1024_entries_each():
     assert_unions_are_right(lists, 32)
 
 
+def test_unions_of_bits_list_each_chosen_entry_once_with_its_queries():
+    rng = np.random.default_rng(3)
+    lists = np.stack([rng.permutation(3000)[:200] for _ in range(2 * 36)]).reshape(2, 36, 200)
+    lists[:, 3:9] = lists[:, 2:3]  # the same for several queries
+    lists[0, 8:16], lists[1, :, 50:] = -1, -1  # nothing, a few
+    lists[1, 16:24, :50] = np.arange(8 * 50).reshape(8, 50)  # nothing in common
+    assert_unions_are_right(lists, 8, 3000)
+
+
+@pytest.mark.parametrize("queries", [16, 32])
+def test_unions_of_bits_over_several_stretches_of_entries(queries):
+    rng = np.random.default_rng(queries)
+    size = 3 * 16384 + 37
+    lists = np.stack([rng.permutation(size)[:400] for _ in range(queries + 5)])[None]
+    lists[:, :queries] = np.where(lists[:, :queries] // 16384 == 1, -1, lists[:, :queries])  # a stretch without any
+    lists[0, 0, :4], lists[0, queries - 1, :2] = (0, 16383, size - 1, -1), (16384 + 8191, size - 1)
+    assert_unions_are_right(lists, queries, size)
+
+
+@pytest.mark.parametrize("topk", [512, 1024])
+def test_unions_of_bits_without_anything_in_common_fill_every_place(topk):
+    lists = np.random.default_rng(topk).permutation(32 * topk).reshape(1, 32, topk)
+    assert_unions_are_right(lists, 32, 32 * topk)
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 def sound_problem(seed, **sizes):
     """`problem` without the entries that are not visible."""
@@ -86,10 +119,14 @@ def sound_problem(seed, **sizes):
     return inputs | {"selection": jnp.asarray(np.where(seen & (chosen >= 0), chosen, -1))}, window
 
 
-def kernel(sizes=SMALL):
-    return functools.partial(
-        prefill.sparse_attention, is_sound_selection=True, union_sizes=sizes
-    )  # fmt: skip
+def masked(inputs):
+    """The same problem with bits instead of lists."""
+    mask = pack_mask(inputs["selection"], inputs["entries"].shape[1])
+    return inputs | {"selection": None, "selection_mask": mask}
+
+
+def kernel(topk, sizes=SMALL):
+    return functools.partial(prefill.sparse_attention, sound_topk=topk, union_sizes=sizes)
 
 
 CASES = {
@@ -107,8 +144,16 @@ SLOW = {"nothing visible", "window of two tiles"}
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
 def test_output_and_gradients_equal_the_references(case):
     inputs, window = sound_problem(0, **CASES[case])
-    got = interpreted(lambda: with_gradients(kernel(), inputs, window))
-    want = with_gradients(reference, inputs, window)
+    assert_all_equal(kernel(CASES[case]["topk"]), masked(inputs), with_gradients(reference, inputs, window), window)
+
+
+def test_output_and_gradients_over_lists_equal_the_references():
+    inputs, window = sound_problem(0, **CASES["several blocks, rows"])
+    assert_all_equal(kernel(40), inputs, with_gradients(reference, inputs, window), window)
+
+
+def assert_all_equal(function, inputs, want, window):
+    got = interpreted(lambda: with_gradients(function, inputs, window))
     for name in want:
         if np.any(want[name]):
             assert relative(got[name], want[name]) <= tolerances.ATTENTION_FLOAT32, name
@@ -120,7 +165,7 @@ def test_output_and_gradients_equal_the_references(case):
 def test_tiles_of_32_queries_with_up_to_1024_entries_each():
     inputs, window = sound_problem(4, queries=37, entries=600, past=1300, topk=520, heads=8)
     call = functools.partial(
-        kernel((UnionSizes(32, 16, 256), UnionSizes(16, 8, 128))), **inputs, window=window, scale=SCALE
+        kernel(520, (UnionSizes(32, 16, 256), UnionSizes(16, 8, 128))), **inputs, window=window, scale=SCALE
     )
     assert relative(interpreted(call), reference(**inputs, window=window, scale=SCALE)) <= tolerances.ATTENTION_FLOAT32
 
@@ -130,7 +175,7 @@ def test_bfloat16_errs_hardly_more_than_the_reference_in_bfloat16():
     inputs, window = sound_problem(1, entries=290, past=520, topk=40, queries=16)
     exact = with_gradients(reference, inputs, window)
     theirs = with_gradients(reference, inputs, window, jnp.bfloat16)
-    ours = interpreted(lambda: with_gradients(kernel(), inputs, window, jnp.bfloat16))
+    ours = interpreted(lambda: with_gradients(kernel(40), masked(inputs), window, jnp.bfloat16))
     for name, want in exact.items():
         error, allowed = relative(ours[name], want), tolerances.ATTENTION_BFLOAT16_RATIO * relative(theirs[name], want)
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
@@ -146,7 +191,8 @@ def test_any_lengths_documents_and_selections(queries, past, entries, topk, docu
     inputs, window = sound_problem(
         seed, queries=queries, past=past, entries=entries, topk=min(topk, entries), documents=documents, window=window
     )
-    got = interpreted(lambda: kernel()(**inputs, window=window, scale=SCALE))
+    given = inputs if seed % 4 == 0 else masked(inputs)
+    got = interpreted(lambda: kernel(topk)(**given, window=window, scale=SCALE))
     want = reference(**inputs, window=window, scale=SCALE)
     assert relative(got, want) <= tolerances.ATTENTION_FLOAT32
 
@@ -154,7 +200,7 @@ def test_any_lengths_documents_and_selections(queries, past, entries, topk, docu
 @pytest.mark.slow
 def test_default_blocks_and_the_public_function_give_the_same():
     inputs, window = sound_problem(3, queries=70, entries=700, past=1400, topk=20)
-    call = functools.partial(sparse_attention, **inputs, window=window, scale=SCALE, is_sound_selection=True)
+    call = functools.partial(sparse_attention, **masked(inputs), window=window, scale=SCALE, sound_topk=20)
     got = interpreted(lambda: call(implementation="pallas"))
     assert relative(got, call(implementation="reference")) <= tolerances.ATTENTION_FLOAT32
 
@@ -162,24 +208,27 @@ def test_default_blocks_and_the_public_function_give_the_same():
 @pytest.mark.slow
 def test_the_copies_do_not_race(capfd):
     inputs, window = sound_problem(2, queries=16, entries=290, past=580, topk=30)
-    interpreted(lambda: with_gradients(kernel(), inputs, window), races=True)
+    interpreted(lambda: with_gradients(kernel(30), masked(inputs), window), races=True)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 # ---- which path, and what it counts ----------------------------------------------------------------------------------
-def traced(topk, entries, *, sound=True, heads=64, queries=64, dim=512, is_training=False):
+def traced(topk, entries, *, sound=True, form="mask", heads=64, queries=64, dim=512, is_training=False):
     """The jaxpr of the public function's kernels."""
     a, i, b = jax.ShapeDtypeStruct, jnp.int32, jnp.bfloat16
     arrays = dict(
         q=a((1, queries, heads, dim), b), keys=a((1, 128 + queries, dim), b), sink=a((heads,), jnp.float32),
         q_position=a((1, queries), i), q_segment=a((1, queries), i), key_segment=a((1, 128 + queries), i),
         entries=a((1, entries, dim), b), entry_end=a((1, entries), i), entry_segment=a((1, entries), i),
-        selection=a((1, queries, topk), i),
     )  # fmt: skip
+    if form == "list":
+        arrays["selection"] = a((1, queries, topk), i)
+    else:
+        arrays["selection_mask"] = a((1, queries, -(-entries // 32)), i)
 
     def run(arrays):
         out = sparse_attention(
-            **arrays, window=128, scale=0.1, is_sound_selection=sound, implementation="pallas"
+            **arrays, window=128, scale=0.1, sound_topk=topk if sound else None, implementation="pallas"
         )  # fmt: skip
         return jnp.sum(out.astype(jnp.float32))
 
@@ -187,8 +236,9 @@ def traced(topk, entries, *, sound=True, heads=64, queries=64, dim=512, is_train
     return str(jax.make_jaxpr(function)(arrays))
 
 
-def test_unions_are_taken_for_sound_lists_where_there_are_many_entries_per_selected_one():
+def test_unions_are_taken_for_sound_selections_where_there_are_many_entries_per_selected_one():
     assert "sparse_attention_gather" in traced(512, 4096)
+    assert "sparse_attention_gather" in traced(512, 4096, form="list")
     assert "sparse_attention_gather" not in traced(512, 4095)
     assert "sparse_attention_gather" not in traced(512, 8192, sound=False)
     assert "sparse_attention_gather" not in traced(1025, 1 << 18)

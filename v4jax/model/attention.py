@@ -5,6 +5,7 @@ One class for every layer kind; the static `LayerSpec` decides which parts exist
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,13 @@ from v4jax.model.placed_attention import (
 from v4jax.model.recomputation import kept
 from v4jax.model.rope import over_heads, rotate
 from v4jax.quant import simulate_kv
+
+
+class _Selection(NamedTuple):
+    """The entries that each query is restricted to, as a list or as bits; all visible ones where it has neither."""
+
+    entries: Int[Array, "B S K"] | None = None
+    mask: Int[Array, "B S W"] | None = None
 
 
 class Attention(nnx.Module):
@@ -60,13 +68,16 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         inputs: LayerInputs,
         cache: LayerCache | None = None,
-        selection: Int[Array, "B S K"] | None = None,
+        entries: Int[Array, "B S K"] | None = None,
+        *,
+        record: bool = False,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None, Int[Array, "B S K"] | None]:
         """Output for the normed input x, the cache after it, and the entries that were selected.
 
         Args:
           cache: None for a whole forward pass. With one, x continues it.
-          selection: entries to attend to instead of the indexer's (replay).
+          entries: what to attend to instead of the indexer's choice (replay).
+          record: whether the entries that were selected are wanted; else None may stand for them.
         """
         turn = inputs.turn(self.spec.ratio)
         latent, kv = Linear.joint(x.astype(self.policy.compute), (self.wq_a, self.wkv))
@@ -79,13 +90,14 @@ class Attention(nnx.Module):
         kv = rotate(self.kv_norm(kept(kv.astype(self.policy.compute))), turn)
         if self.policy.quant_sim:
             kv = simulate_kv(kv, self.config.nope_head_dim)
-        parts = (x, latent, q, kv, inputs)
+        parts, selection = (x, latent, q, kv, inputs), _Selection(entries)
         if cache is None:
-            out, selection = self._attend(*parts, selection)
+            out, selection = self._attend(*parts, selection, record=record)
+        elif inputs.is_step:
+            out, cache, selection = self._step(*parts, cache, selection)
         else:
-            advance = self._step if inputs.is_step else self._extend
-            out, cache, selection = advance(*parts, cache, selection)
-        return kept(self._project_out(rotate(out, over_heads(turn.inverse)))), cache, selection
+            out, cache, selection = self._extend(*parts, cache, selection, record=record)
+        return kept(self._project_out(rotate(out, over_heads(turn.inverse)))), cache, selection.entries
 
     def _project_out(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Each group of heads through its own matrix, then all groups together."""
@@ -98,8 +110,8 @@ class Attention(nnx.Module):
         return self.config.head_dim**-0.5
 
     def _select(
-        self, x: jax.Array, latent: jax.Array, inputs: LayerInputs, entries: Entries, keys: jax.Array
-    ) -> jax.Array:
+        self, x: jax.Array, latent: jax.Array, inputs: LayerInputs, entries: Entries, keys: jax.Array, *, record: bool
+    ) -> _Selection:
         q, weights = self.indexer.queries(x, latent, inputs.turn(self.spec.ratio))
         names, is_divided = parallel.axes("index_heads"), False
         positions, segments = inputs.positions, inputs.segments
@@ -110,10 +122,13 @@ class Attention(nnx.Module):
             q, weights = bring(q, names, 2), bring(weights, names, 2)
         if is_divided:
             positions, segments = (parallel.own_part(a, names, 1) for a in (positions, segments))
+        topk = self.indexer.topk
+        form = "list" if record else ops.selection_form(topk, keys.shape[1])
         chosen = ops.index_topk(
-            q, weights, keys, positions, segments, entries.end, entries.segment, topk=self.indexer.topk
+            q, weights, keys, positions, segments, entries.end, entries.segment, topk=topk, output=form
         )
-        return parallel.join(chosen, names, 1) if is_divided else chosen
+        chosen = kept(parallel.join(chosen, names, 1) if is_divided else chosen)
+        return _Selection(chosen) if form == "list" else _Selection(mask=chosen)
 
     def _select_step(self, x: jax.Array, latent: jax.Array, inputs: LayerInputs, cache: LayerCache) -> jax.Array:
         """`_select` of one token per sequence: its cached entries are in order, so that it sees the first ones."""
@@ -131,33 +146,34 @@ class Attention(nnx.Module):
 
     def _over_entries(
         self, q: jax.Array, keys: jax.Array, key_segment: jax.Array, inputs: LayerInputs, entries: Entries | None,
-        selection: jax.Array | None,
+        selection: _Selection,
     ) -> jax.Array:  # fmt: skip
         far = (None, None, None) if entries is None or entries.values.shape[1] == 0 else entries
         return ops.sparse_attention(
-            q, keys, self.attn_sink[...], inputs.positions, inputs.segments, key_segment, *far, selection,
-            window=self.config.sliding_window, scale=self._scale, is_sound_selection=True,
+            q, keys, self.attn_sink[...], inputs.positions, inputs.segments, key_segment, *far, *selection,
+            window=self.config.sliding_window, scale=self._scale,
+            sound_topk=self.indexer.topk if self.spec.has_indexer else None,
         )  # fmt: skip
 
     def _attend(
         self, x: jax.Array, latent: jax.Array, q: jax.Array, kv: jax.Array, inputs: LayerInputs,
-        selection: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+        selection: _Selection, *, record: bool,
+    ) -> tuple[jax.Array, _Selection]:  # fmt: skip
         """Whole rows: nothing precedes the first token."""
         window = self.config.sliding_window
         # A row shorter than one window completes no entry.
         entries = self.compressor(x, inputs) if 0 < self.spec.ratio <= x.shape[1] else None
-        if selection is None and entries is not None and self._has_selection(entries.values.shape[1]):
+        if selection.entries is None and entries is not None and self._has_selection(entries.values.shape[1]):
             keys = self.indexer.compressor(jax.lax.stop_gradient(x), inputs).values
-            selection = kept(self._select(x, latent, inputs, entries, keys))
+            selection = self._select(x, latent, inputs, entries, keys, record=record)
         keys = jnp.concatenate([parallel.rows_before(kv, window), kv], axis=1)
         key_segment = jnp.concatenate([parallel.rows_before(inputs.segments, window, -1), inputs.segments], axis=1)
         return self._over_entries(q, keys, key_segment, inputs, entries, selection), selection
 
     def _extend(
         self, x: jax.Array, latent: jax.Array, q: jax.Array, kv: jax.Array, inputs: LayerInputs, cache: LayerCache,
-        selection: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache, jax.Array | None]:  # fmt: skip
+        selection: _Selection, *, record: bool,
+    ) -> tuple[jax.Array, LayerCache, _Selection]:  # fmt: skip
         """A chunk of any length after the cached tokens of each sequence."""
         assert inputs.start is not None
         assert inputs.end is not None
@@ -169,10 +185,10 @@ class Attention(nnx.Module):
         cache = self._compress(x, inputs, cache)
         values = join_entries(cache.entries)
         entries = None if values is None else self._in_slots(values)
-        if selection is None and entries is not None and self._has_selection(entries.values.shape[1]):
+        if selection.entries is None and entries is not None and self._has_selection(entries.values.shape[1]):
             index_keys = join_entries(cache.index_keys)
             assert index_keys is not None
-            selection = self._select(x, latent, inputs, entries, index_keys)
+            selection = self._select(x, latent, inputs, entries, index_keys, record=record)
         out = self._over_entries(q, keys, key_segment, inputs, entries, selection)
         ring = ring_extend(before, kv, inputs.start, inputs.end)
         ring = parallel.ring_after(ring, inputs.start, inputs.end, kv.shape[1])
@@ -180,14 +196,14 @@ class Attention(nnx.Module):
 
     def _step(
         self, x: jax.Array, latent: jax.Array, q: jax.Array, kv: jax.Array, inputs: LayerInputs, cache: LayerCache,
-        selection: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache, jax.Array | None]:  # fmt: skip
+        selection: _Selection,
+    ) -> tuple[jax.Array, LayerCache, _Selection]:  # fmt: skip
         """One token for every sequence: the ring is attended to as it lies."""
         assert inputs.start is not None
         assert inputs.end is not None
         cache = self._compress(x, inputs, cache)
         ring = ring_put(cache.window, kv[:, 0], inputs.start, cache.layer)
-        entry_count: jax.Array | None = None
+        chosen, entry_count = selection.entries, None
         attend: Callable[..., jax.Array] = ops.sparse_attention_decode
         if cache.entries is not None:
             # Entries are in order, so that a query sees the first of them; this device holds those from `first` on.
@@ -195,15 +211,15 @@ class Attention(nnx.Module):
             first, divided = first_place(count), parallel.axes("entries")
             entry_count = jnp.clip(inputs.end // self.spec.ratio - first, 0, count)
             attend = merged_attention if divided else attend
-            if selection is not None:
-                selection = own_selection(selection, count)
+            if chosen is not None:
+                chosen = own_selection(chosen, count)
             elif self._has_selection(count * parallel.device_count(divided)):
-                selection = self._select_step(x, latent, inputs, cache)
+                chosen = self._select_step(x, latent, inputs, cache)
         out = attend(
             q[:, 0], ring, jnp.minimum(inputs.end, self.config.sliding_window), self.attn_sink[...], cache.entries,
-            entry_count, None if selection is None else selection[:, 0], layer=cache.layer, scale=self._scale,
+            entry_count, None if chosen is None else chosen[:, 0], layer=cache.layer, scale=self._scale,
         )  # fmt: skip
-        return out[:, None], dataclasses.replace(cache, window=ring), selection
+        return out[:, None], dataclasses.replace(cache, window=ring), _Selection(chosen)
 
     def _compress(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> LayerCache:
         """The cache with the entries that these tokens complete: they are visible to the tokens that complete them."""

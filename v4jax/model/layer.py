@@ -106,11 +106,11 @@ class DecoderLayer(nnx.Module):
           record: whether to return the choices made.
         """
         x, streams, maps = self.seam("attn", residual)
-        selection = None if replay is None else replay.entries
-        x, cache, selection = self.attn(x, inputs, cache, selection)
+        entries = None if replay is None else replay.entries
+        x, cache, entries = self.attn(x, inputs, cache, entries, record=record)
         x, streams, maps = self.seam("ffn", Residual(streams, x, maps))
         x, routing = self.ffn(x, inputs, None if replay is None else replay.experts)
-        choices = Choices(routing.experts, selection) if record else None
+        choices = Choices(routing.experts, entries) if record else None
         return Residual(streams, x, maps), cache, LayerMetrics(routing.load, routing.balance, choices)
 
     def seam(self, name: str, residual: Residual) -> tuple[jax.Array, jax.Array, jax.Array]:
