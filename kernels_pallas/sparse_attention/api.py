@@ -32,8 +32,8 @@ _DECODE = declare(
 def selection_form(topk: int, entries: int, implementation: Implementation | None = None) -> Literal["list", "mask"]:
     """The form of selections that costs `sparse_attention` and `index_topk` together least; both take and give either.
 
-    The kernels read bits. To list them costs a query of `index_topk` as much as to choose among 2048 entries, and to
-    make bits of a list again a third of that (bundles on v6e).
+    The kernels read bits. On v6e, to list them costs `index_topk` as many cycles again as to choose them among 2048
+    entries, and to make bits of the list a third of that.
     """
     is_kernel = _OP.resolve(implementation) == "pallas"
     return "mask" if is_kernel and entries <= _MOST_PER_SELECTED * topk else "list"

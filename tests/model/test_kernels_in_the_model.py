@@ -57,6 +57,17 @@ def test_a_prefill_equals_the_goldens(golden) -> None:
 
 
 @pytest.mark.slow
+def test_a_chunk_after_others_equals_the_goldens(golden) -> None:
+    model, expected = golden
+    tokens, start = expected["tokens"][:1, :LENGTH], LENGTH - 30
+    _, cache = jax.jit(lambda m, x, c: m.extend(x, c))(model, tokens[:, :start], model.init_cache(1, LENGTH))
+    with kernels():
+        extend = jax.jit(lambda m, x, c: m.logits(m.extend(x, c)[0].hidden))
+        logits = jax.block_until_ready(extend(model, tokens[:, start:], cache))
+    assert_close(logits, expected["logits"][:1, start:LENGTH])
+
+
+@pytest.mark.slow
 def test_decoding_equals_the_goldens(golden) -> None:
     """Through the end of the window and of an entry, which both come with the 128th token."""
     model, expected = golden

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from v4jax.config import layer_plan
+from v4jax import ops
+from v4jax.config import LayerSpec, ModelConfig, layer_plan
 from v4jax.model.travel import BUFFER_BYTES
 from v4jax.plan.request import Request
 from v4jax.sharding import Division, Placement
@@ -46,7 +47,7 @@ def training_bytes(
     maps = tokens * config.hc_mult * (2 + config.hc_mult) * _FLOAT32
     narrow = tokens * (config.hidden_size + config.q_lora_rank + config.head_dim) * _COMPUTE
     scores = tokens * config.n_routed_experts * _FLOAT32
-    selections = sum(spec.has_indexer for spec in layer_plan(config)) * tokens * config.index_topk * _INDEX
+    selections = sum(tokens * _selection_bytes(config, spec, request.context) for spec in layer_plan(config))
     kept = config.num_hidden_layers * (streams + maps + narrow + scores) + selections
     heads = tokens * config.num_attention_heads * config.head_dim * _COMPUTE / placement.sizes["tensor"]
     picks = tokens * config.num_experts_per_tok * config.hidden_size * _COMPUTE
@@ -57,6 +58,16 @@ def training_bytes(
         _elements(own, divisions[name], placement, stored=True) * _FLOAT32 for name, own in parameters.items()
     )
     return int(kept + layer + gradients + _OTHER)
+
+
+def _selection_bytes(config: ModelConfig, spec: LayerSpec, length: int) -> float:
+    """What is kept of a token's selection, in the form that the kernels take."""
+    count = length // spec.ratio if spec.has_indexer else 0
+    if count <= config.index_topk:
+        return 0
+    with ops.implementations(["sparse_attention=pallas"]):
+        is_mask = ops.selection_form(config.index_topk, count) == "mask"
+    return count / 8 if is_mask else config.index_topk * _INDEX
 
 
 def _layer_elements(
