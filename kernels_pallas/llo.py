@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 _ESTIMATE = re.compile(r"hlo_op_estimate \{(.*?)\n\}", re.DOTALL)
@@ -12,6 +13,7 @@ _EXIT_TEST = re.compile(
 )
 _STEP = re.compile(r"%(s\d+)_s\d+ = sadd\.s32 (?:\(%p\w+\), )?(\d+), %s")
 _BRANCH = re.compile(r"sbr\.rel \(!?%(p\d+)_p\d+\)")
+_SKIP = re.compile(r"sbr\.rel \(!?%p\d+_p\d+\) target = \$region(\d+)")
 
 
 def flags(folder: Path, *, static: bool, bundles: bool) -> str:
@@ -51,12 +53,19 @@ class _Loop:
     """Known from its closing branch on."""
 
 
-def count_bundles(listing: str) -> int | None:
+def count_bundles(listing: str, shares: Sequence[float] = ()) -> int | None:
     """Issue cycles of a listing: bundles × trip counts, predicated regions counted as taken, no stalls.
 
+    Args:
+      shares: of a kernel whose grid step has so many predicated regions, which part of the steps takes each.
+
     Returns:
-      None where a trip count is not a constant of the listing.
+      None where a trip count is not a constant of the listing, or a grid step has other regions than said.
     """
+    lines = listing.splitlines()
+    taken = _taken(lines, shares)
+    if taken is None:
+        return None
     loops = [_Loop(0)]
     exits: dict[str, int] = {}
     steps: dict[str, int] = {}
@@ -67,7 +76,7 @@ def count_bundles(listing: str) -> int | None:
             # The grid's loop has two steps more than the grid: the pipeline's ramps, in which the body is skipped.
             loops[-1].bundles += loop.bundles * ((loop.trips or 0) - 2 * loop.is_grid)
 
-    for line in listing.splitlines():
+    for number, line in enumerate(lines):
         bundle = _BUNDLE.match(line)
         if bundle is None:
             continue
@@ -77,7 +86,7 @@ def count_bundles(listing: str) -> int | None:
             leave(depth - 1 if "LB" in label else depth)
         if "LB" in label and depth:
             loops.append(_Loop(depth, is_grid="iteration index, stage" in text))
-        loops[-1].bundles += 1
+        loops[-1].bundles += taken.get(number, 1)
         steps.update((name, int(step)) for name, step in _STEP.findall(text))
         # An unrolled loop counts in steps of more than one.
         exits.update((name, -(-int(bound) // steps.get(index, 1))) for name, index, bound in _EXIT_TEST.findall(text))
@@ -87,13 +96,41 @@ def count_bundles(listing: str) -> int | None:
     return round(loops[0].bundles) if len(loops) == 1 else None
 
 
-def bundles(folder: Path) -> dict[str, int | None]:
-    """Bundles per program, the compiler's start-up code left out."""
+def _taken(lines: list[str], shares: Sequence[float]) -> dict[int, float] | None:
+    """Share of the grid steps for each line of the regions that a step may skip; None if there are others than said.
+
+    The largest region is the step itself, which the ramps of the pipeline skip; those right inside it are meant.
+    """
+    if not shares:
+        return {}
+    regions = []
+    for start, line in enumerate(lines):
+        if skip := _SKIP.search(line):
+            to = re.compile(rf"PF:.*\bregion {skip[1]}\b")
+            end = next((n for n in range(start + 1, len(lines)) if to.search(lines[n])), None)
+            if end is not None:
+                regions.append((start + 1, end))
+    if not regions:
+        return None
+    first, last = max(regions, key=lambda region: region[1] - region[0])
+    inside = [(a, b) for a, b in regions if first < a and b <= last]
+    outermost = [(a, b) for a, b in inside if not any(c < a and b <= d for c, d in inside)]
+    if len(outermost) != len(shares):
+        return None
+    return {n: share for (a, b), share in zip(outermost, shares, strict=True) for n in range(a, b)}
+
+
+def bundles(folder: Path, kernel: str = "", shares: Sequence[float] = ()) -> dict[str, int | None]:
+    """Bundles per program, the compiler's start-up code left out.
+
+    Args:
+      kernel: how the names of those programs begin for which `shares` say what `count_bundles` wants.
+    """
     found: dict[str, int | None] = {}
     for file in sorted((folder / "llo").glob("*-01-final_bundles.txt")):
         name = file.name.removesuffix("-01-final_bundles.txt").split("-", 1)[1]
         if name != "TLP" and not name.startswith("<"):
-            found[name] = count_bundles(file.read_text())
+            found[name] = count_bundles(file.read_text(), shares if name.startswith(kernel) else ())
     return found
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.cases import Case, Figure, Matmul, Model
 from kernels_pallas.sparse_attention.api import sparse_attention
-from kernels_pallas.tpu import cdiv
+from kernels_pallas.sparse_attention.block_sizes import default_block_sizes
+from kernels_pallas.tpu import SUBLANES, cdiv, round_up
 
 _DIM = 512
 _WINDOW = 128
@@ -60,11 +61,14 @@ def _case(
     transfers = 6 if is_training else 2
     # The floors of the prefill rows count the entries of a long context alone, the window only where nothing else is.
     keys = (entries + (window if has_mask else 0)) or window
+    tiles = cdiv(entries, default_block_sizes(round_up(heads, SUBLANES), entries, jnp.bfloat16).entries)
+    # The first tile goes with the window, further ones rescale what is there, the last one is followed by the division.
+    shares = (1 / tiles, 1 - 1 / tiles, 1 / tiles) if tiles > 1 and not is_training else ()
     return Case(
         op="sparse_attention", name=name, model=model, build=build,
         hbm_bytes=2 * (transfers * rows * dim + batch * (window + length + entries) * dim),
         matmuls=(Matmul(2.0 * products * rows * keys * dim, dim),), best=best or {}, targets=targets or {},
-        target_kind="B" if best else "S", in_ci=in_ci,
+        target_kind="B" if best else "S", in_ci=in_ci, region_shares=shares,
         inputs="every query meets every tile of entries (a context that ends far behind them): the worst case",
     )  # fmt: skip
 

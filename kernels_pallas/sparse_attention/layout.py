@@ -159,9 +159,10 @@ def operands(
     if bits is not None:
         bits = pad_to(pad_to(bits, 1, length), 2, round_up(cdiv(size, WORD), LANES))
     met = _met(place, entry_place, bits, shape, sizes)
-    first = jnp.argmax(met, axis=-1)
-    last = shape.tiles - 1 - jnp.argmax(met[..., ::-1], axis=-1)
-    count = jnp.where(jnp.any(met, axis=-1), last - first + 1, 1)
+    number = jnp.arange(shape.tiles)
+    last = jnp.max(jnp.where(met, number, -1), axis=-1)
+    first = jnp.min(jnp.where(met, number, shape.tiles - 1), axis=-1)
+    count = jnp.maximum(last - first + 1, 1)
     grouped = pad_to(met, 2, shape.words * WORD).reshape(*met.shape[:2], shape.words, WORD).astype(jnp.int32)
     flags = jnp.sum(grouped << jnp.arange(WORD), axis=-1)
     first, count, flags = (x.astype(jnp.int32).reshape(-1) for x in (first, count, flags))

@@ -42,6 +42,32 @@ def test_a_trip_count_that_the_listing_lacks_leaves_no_figure():
     assert llo.count_bundles(LISTING.replace("%s3_s1, 4 /* loop", "%s3_s1, %s4_s2 /* loop")) is None
 
 
+REGIONS = """
+   0x1 LB: > { %s1_s1 = sadd.s32 1, %s0_s0 /* iteration index, stage = 1 */ }
+   0x2   : > { %779 = sbr.rel (%p1_p2) target = $region60 }
+   0x3   : > { %1068 = sbr.rel (%p2_p0) target = $region88 }
+   0x4   : > { %v1_v1 = vadd.f32 %v0_v0, %v0_v0 }
+   0x5   : > { %v1_v1 = vadd.f32 %v0_v0, %v0_v0 }
+   0x6 PF: > { %s2_s3 = sld [smem:[#allocation45_spill]] } /* Start/End empty region 88 :: Start region 89 */
+   0x7   : > { %1069 = sbr.rel (%p3_p0) target = $region92 }
+   0x8   : > { %v1_v1 = vadd.f32 %v0_v0, %v0_v0 }
+   0x9 PF: > { %s2_s3 = sld [smem:[#allocation45_spill]] } /* Start/End empty region 92 */
+   0xa PF: > { %p9_p2 = scmp.ge.s32.totalorder %s3_s1, 6 /* loop exit test */ } /* Start/End empty region 60 */
+   0xb   : > { %15 = sbr.rel (!%p9_p2) target = $region187 }
+   0xc   :  { %8 = vsyncpa [#allocation3], 1 }
+"""
+
+
+def test_regions_that_run_in_some_steps_only_count_for_their_share():
+    assert llo.count_bundles(REGIONS) == 1 + 4 * 11
+    assert llo.count_bundles(REGIONS, (1 / 4, 3 / 4)) == 1 + 4 * (11 - 3) + 2 + 3
+
+
+def test_other_regions_than_said_leave_no_figure():
+    assert llo.count_bundles(REGIONS, (1 / 4,)) is None
+    assert llo.count_bundles(LISTING, (1 / 4, 3 / 4)) is None
+
+
 def case(**fields):
     build = lambda: (jnp.sin, (jax.ShapeDtypeStruct((8,), jnp.float32),))  # noqa: E731
     return Case(**{"op": "probe", "name": "a", "model": "ugly", "build": build, "hbm_bytes": 0} | fields)
