@@ -104,7 +104,7 @@ def _measure_here(case: Case, chip: Chip, folder: Path) -> Measurement:
     except Exception as error:
         message = _first_lines(f"{type(error).__name__}: {error}")
         return Measurement(case.label, chip.name, error=message, programs=llo.static_cycles(folder))
-    programs, counted = llo.static_cycles(folder), llo.bundles(folder, case.op, case.region_shares)
+    programs, counted = llo.static_cycles(folder), llo.bundles(folder, case.region_shares)
     known = [count for count in counted.values() if count is not None]
     return Measurement(
         case.label,

@@ -68,9 +68,9 @@ class Case:
     """Whether S is asked for: its cost grows with the grid steps, and thousands of them exhaust the memory."""
     counts_bundles: bool = True
     """Whether B means anything: not where most bundles are issued in one of many grid steps, and counted in all."""
-    region_shares: tuple[float, ...] = ()
-    """Where the kernel has regions that run in some grid steps only: in which part of them, region by region. B would
-    count each in every step."""
+    region_shares: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    """Kernels with regions that run in some grid steps only: in which part of them, region by region as the code has
+    them. B would count each in every step."""
     in_ci: bool = False
     """Whether CI compiles it (one case per kernel)."""
 

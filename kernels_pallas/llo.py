@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _ESTIMATE = re.compile(r"hlo_op_estimate \{(.*?)\n\}", re.DOTALL)
@@ -120,17 +120,17 @@ def _taken(lines: list[str], shares: Sequence[float]) -> dict[int, float] | None
     return {n: share for (a, b), share in zip(outermost, shares, strict=True) for n in range(a, b)}
 
 
-def bundles(folder: Path, kernel: str = "", shares: Sequence[float] = ()) -> dict[str, int | None]:
+def bundles(folder: Path, shares: Mapping[str, Sequence[float]]) -> dict[str, int | None]:
     """Bundles per program, the compiler's start-up code left out.
 
     Args:
-      kernel: how the names of those programs begin for which `shares` say what `count_bundles` wants.
+      shares: by kernel's name, what `count_bundles` wants.
     """
     found: dict[str, int | None] = {}
     for file in sorted((folder / "llo").glob("*-01-final_bundles.txt")):
         name = file.name.removesuffix("-01-final_bundles.txt").split("-", 1)[1]
         if name != "TLP" and not name.startswith("<"):
-            found[name] = count_bundles(file.read_text(), shares if name.startswith(kernel) else ())
+            found[name] = count_bundles(file.read_text(), shares.get(name.split(".")[0], ()))
     return found
 
 

@@ -13,14 +13,14 @@ from kernels_pallas.sparse_attention.block_sizes_decode import DecodeBlockSizes
 from kernels_pallas.sparse_attention.decode_layers import of_one_layer
 from kernels_pallas.tpu import cdiv
 
+_MOST_PER_SELECTED = 64
+"""Entries per selected one up to which a mask has at most twice the bytes of a list."""
 _OP = declare(
     "sparse_attention",
     pallas=prefill.sparse_attention,
     xla=xla.sparse_attention,
     reference=reference.sparse_attention,
 )
-_MOST_PER_SELECTED = 64
-"""Entries per selected one up to which a mask has at most twice the bytes of a list: training keeps it."""
 _DECODE = declare(
     "sparse_attention_decode",
     pallas=kernel_decode.sparse_attention_decode,
@@ -30,10 +30,11 @@ _DECODE = declare(
 
 
 def selection_form(topk: int, entries: int, implementation: Implementation | None = None) -> Literal["list", "mask"]:
-    """The form of selections that costs `sparse_attention` and `index_topk` together least; both take and give either.
+    """The form in which `index_topk` had better give selections to `sparse_attention`; both know either.
 
-    The kernels read bits. On v6e, to list them costs `index_topk` as many cycles again as to choose them among 2048
-    entries, and to make bits of the list a third of that.
+    Bits where kernels read them, unless a mask has more than twice the bytes of a list: training keeps it. On v6e, to
+    list what is chosen among 2048 entries costs `index_topk` as many cycles again, and to make bits of the list a third
+    of that.
     """
     is_kernel = _OP.resolve(implementation) == "pallas"
     return "mask" if is_kernel and entries <= _MOST_PER_SELECTED * topk else "list"
@@ -73,8 +74,8 @@ def sparse_attention(
       selection_mask: the same as bits, bit j of word w for entry 32 w + j (D = ⌈P / 32⌉). Without either, a query
         attends to all visible entries.
       sound_topk: the caller vouches that each query has selected visible entries only, none twice and at most so many,
-        as with `index_topk`. Only with it the kernels may read the entries that neighbouring queries chose, one by
-        one, instead of all (`prefill_union`); no other implementation needs to know.
+        as with `index_topk`; what is beyond is left out. Only with it the kernels may read the entries that
+        neighbouring queries chose, one by one, instead of all (`prefill_union`); no other implementation needs to know.
       scale: multiplies the dot products; positive.
       implementation: None (the platform's default), "pallas" (TPU: forward and backward kernels), "xla" (blocked,
         O(S) memory) or "reference" (whole [B, S, N, WS + P] scores).
@@ -86,7 +87,7 @@ def sparse_attention(
       ValueError: arrays that do not go together; for "pallas" blocks that do not fit into VMEM.
     """
     function = _OP.choose(implementation)
-    _check(q, keys, entries, entry_end, entry_segment, selection, selection_mask, window, scale)
+    _check(q, keys, entries, entry_end, entry_segment, selection, selection_mask, window, scale, sound_topk)
     return function(
         q, keys, sink, q_position, q_segment, key_segment, entries, entry_end, entry_segment, selection,
         selection_mask, window=window, scale=scale, sound_topk=sound_topk,
@@ -95,7 +96,7 @@ def sparse_attention(
 
 def _check(
     q: Array, keys: Array, entries: Array | None, entry_end: Array | None, entry_segment: Array | None,
-    selection: Array | None, selection_mask: Array | None, window: int, scale: float,
+    selection: Array | None, selection_mask: Array | None, window: int, scale: float, sound_topk: int | None,
 ) -> None:  # fmt: skip
     """Refuses what no implementation can compute.
 
@@ -107,6 +108,8 @@ def _check(
             f"sparse_attention: got {keys.shape[1]} keys for {q.shape[1]} queries and a window of {window}, need a "
             "window of at least 1 and that many keys before one per query"
         )
+    if sound_topk is not None and sound_topk < 1:
+        raise ValueError(f"sparse_attention: got sound_topk {sound_topk}, need at least 1, or None")
     if scale <= 0:
         raise ValueError(f"sparse_attention: got scale {scale}, need a positive one")
     others = {"keys": keys} if entries is None else {"keys": keys, "entries": entries}

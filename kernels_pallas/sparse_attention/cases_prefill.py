@@ -63,7 +63,8 @@ def _case(
     keys = (entries + (window if has_mask else 0)) or window
     tiles = cdiv(entries, default_block_sizes(round_up(heads, SUBLANES), entries, jnp.bfloat16).entries)
     # The first tile goes with the window, further ones rescale what is there, the last one is followed by the division.
-    shares = (1 / tiles, 1 - 1 / tiles, 1 / tiles) if tiles > 1 and not is_training else ()
+    has_regions = tiles > 1 and not is_training
+    shares = {"sparse_attention_forward": (1 / tiles, 1 - 1 / tiles, 1 / tiles)} if has_regions else {}
     return Case(
         op="sparse_attention", name=name, model=model, build=build,
         hbm_bytes=2 * (transfers * rows * dim + batch * (window + length + entries) * dim),

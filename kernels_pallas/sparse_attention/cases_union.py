@@ -45,7 +45,7 @@ def _fixed(arrays: dict[str, Any], d_out: Any = None, *, members: int, topk: int
     blocks = cdiv(members, sizes[0].rows)
     static = prefill_union.Static(_WINDOW, _DIM**-0.5, topk, *sizes, current_chip(), blocks)
     names = ("q_position", "q_segment", "key_segment", "selection", "selection_mask")
-    places = prefill_union.Places(*(arrays.get(name) for name in names))  # pyright: ignore
+    places = prefill_union.Places(*(arrays.get(name) for name in names))  # pyright: ignore[reportArgumentType]
     out, stats = prefill_union.run(static, q, keys, sink, entries, places, with_stats=d_out is not None)
     if d_out is None:
         return out
@@ -99,6 +99,7 @@ UNION_CASES = (
     _case("csa_2048_1m_8_heads_union_1024", "flash", 8, _1M, 512, 1024),
     _case("csa_training_16k_of_64k_union_1024", "flash", 64, 1 << 14, 512, 1024, length=1 << 14, is_training=True),
     _case("csa_training_of_64k", "flash", 64, 1 << 14, 512, None, is_training=True, in_ci=True),
+    _case("csa_training_of_1m_8_heads", "flash", 8, _1M, 512, None, length=256, is_training=True, in_ci=True),
     _case("csa_2048_128k_pro_union_2048", "pro", 128, _128K, 1024, 2048),
     _case("csa_2048_1m_pro_union_2048", "pro", 128, _1M, 1024, 2048),
     _case("csa_training_of_64k_pro", "pro", 128, 1 << 14, 1024, None, is_training=True),

@@ -20,11 +20,11 @@ from jaxtyping import Array, Int
 from kernels_pallas.sparse_attention.kernel_union import Unions, padded_topk
 from kernels_pallas.sparse_attention.layout import WORD, pad_to
 from kernels_pallas.sparse_attention.places import Registers, to_front, zeros_before
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, compiler_params, round_up
+from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, check_vmem, compiler_params, round_up
 
-_STRETCH = LANES * LANES
-"""Entries that are put in order together: two to the number of bits of a place."""
 _PLACE_BITS = 14
+_STRETCH = 1 << _PLACE_BITS
+"""Entries that are put in order together: 128 rows of 128."""
 _HALVES = ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))
 """Distance of the rows that trade halves of their bits, and the mask of the lower halves."""
 
@@ -72,7 +72,8 @@ def _in_rows(x: Registers) -> Int[Array, "128 128"]:
 
 
 def _append(found: Any, rows: Int[Array, "128 128"], count: Any, most: int) -> None:
-    """Writes rows of places behind the first `count`, and leaves those as they are."""
+    """Writes rows of places behind the first `count`, and leaves those as they are; `most` rows count."""
+    # A mask with more bits than was promised must not write past the scratch.
     row, shift = jnp.minimum(count // LANES, most), count % LANES
     rows = pltpu.roll(rows, shift, 1)
     is_first = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) >= shift
@@ -82,6 +83,7 @@ def _append(found: Any, rows: Int[Array, "128 128"], count: Any, most: int) -> N
 
 def _unite(mask: Any, members: Any, words: Any, found_members: Any, found_words: Any) -> None:
     """mask: int32 [1, Q, W]. members, words: int32 [1, 1, C / 128, 128]. found: with room for a stretch more."""
+    # Sums and maxima over whole registers exist for floats only; counts up to a stretch are exact in them.
     size, step = members.shape[2], _STRETCH // WORD
     found_words[...] = jnp.zeros(found_words.shape, jnp.int32)
 
@@ -111,11 +113,16 @@ def unions_of_bits(mask: Int[Array, "B S D"], topk: int, queries: int, chip: Chi
       mask: bit j of word w is set where the query chose entry 32 w + j.
       topk: no query has chosen more.
       queries: per tile, Q: 8, 16 or 32. The last tile may be partly filled.
+
+    Raises:
+      ValueError: masks of a tile that do not fit into VMEM.
     """
     batch, length, width = mask.shape
     tiles, width = cdiv(length, queries), round_up(width, _STRETCH // WORD)
     padded = pad_to(pad_to(mask.astype(jnp.int32), 1, tiles * queries), 2, width)
     rows = queries * padded_topk(topk, queries) // LANES
+    needed = 4 * (2 * queries * width + 2 * (3 * rows + LANES + SUBLANES) * LANES)
+    check_vmem(f"sparse_attention, union of masks of {width * WORD:,} entries", needed, chip, "give lists")
     out = jax.ShapeDtypeStruct((batch, tiles, rows, LANES), jnp.int32)
     block = pl.BlockSpec((1, 1, rows, LANES), lambda b, t: (b, t, 0, 0))
     members, words = pl.pallas_call(
@@ -129,6 +136,6 @@ def unions_of_bits(mask: Int[Array, "B S D"], topk: int, queries: int, chip: Chi
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=4 * (padded.size + 2 * batch * tiles * rows * LANES)
         ),
-        name="sparse_attention_union",
+        name="sparse_attention_union_bits",
     )(padded)
     return Unions(members, words, jnp.sum(words != 0, axis=(2, 3), dtype=jnp.int32))

@@ -159,10 +159,11 @@ def operands(
     if bits is not None:
         bits = pad_to(pad_to(bits, 1, length), 2, round_up(cdiv(size, WORD), LANES))
     met = _met(place, entry_place, bits, shape, sizes)
+    # Not argmax: for that XLA makes a loop whose length no listing tells. A block that meets none takes the first tile.
     number = jnp.arange(shape.tiles)
-    last = jnp.max(jnp.where(met, number, -1), axis=-1)
-    first = jnp.min(jnp.where(met, number, shape.tiles - 1), axis=-1)
-    count = jnp.maximum(last - first + 1, 1)
+    last = jnp.max(jnp.where(met, number, 0), axis=-1)
+    first = jnp.minimum(jnp.min(jnp.where(met, number, shape.tiles), axis=-1), last)
+    count = last - first + 1
     grouped = pad_to(met, 2, shape.words * WORD).reshape(*met.shape[:2], shape.words, WORD).astype(jnp.int32)
     flags = jnp.sum(grouped << jnp.arange(WORD), axis=-1)
     first, count, flags = (x.astype(jnp.int32).reshape(-1) for x in (first, count, flags))

@@ -55,7 +55,7 @@ class _Static(NamedTuple):
     union: tuple[UnionSizes, UnionSizes] | None
     """Forward and backward, of the union path where it is taken."""
     topk: int
-    """Most entries that a query has selected, there."""
+    """Most entries that a query has selected, on the union path."""
     chip: Chip
 
 
@@ -96,7 +96,7 @@ def sparse_attention(
     is_selective = selection is not None or selection_mask is not None
     if sound_topk is None or not is_selective:
         union_sizes = None
-    elif prefill_union.is_worth_it(sound_topk, size, heads):
+    elif prefill_union.is_worth_it(max(sound_topk, 0 if selection is None else selection.shape[-1]), size, heads):
         union_sizes = union_sizes or default_union_sizes(heads, q.dtype, current_chip())
     if selection is not None and union_sizes is None:
         selection, selection_mask = None, bits_of_selection(selection, size, current_chip())

@@ -27,7 +27,8 @@ from kernels_pallas.sparse_attention.row_words import pack, word_planes
 from kernels_pallas.tpu import LANES, Chip, round_up
 
 _MOST_TOPK = 1024
-"""A tile's lists are sorted in registers: 32 queries with so many entries each take half of them."""
+"""A tile's lists are sorted in registers: 32 queries with so many entries each take half of them. And a union's places
+are addresses in SMEM."""
 
 
 class Static(NamedTuple):
@@ -56,12 +57,13 @@ class Places(NamedTuple):
 
 
 def is_worth_it(topk: int, entries: int, heads: int) -> bool:
-    """Whether a union's copies pay: with many entries per selected one, and lists that fit registers.
+    """Whether a union's copies pay: with many entries per selected one, and unions that fit.
 
     By the compiler's bundles per token on v6e, the dense path costs 0.31 per entry with 64 heads and 0.09 with 8, this
-    one 195 and 0.34 per member, or 117 and 0.16, which copies dominate. From 8 entries per selected one on (16 with 8
-    heads) it wins up to unions of some 6 × top-k. Selections of neighbours without anything in common would unite to
-    all entries at that length, and this path would lose.
+    one 135 and 0.34 per member (195 if lists are to be united), or 57 and 0.16 (117), which copies dominate. From 8
+    entries per selected one on (16 with 8 heads) it wins up to unions of some 6 × top-k. Selections of neighbours
+    without anything in common would unite to all entries at that length, and this path would lose: with fewer entries
+    per selected one, where unions of masks of 2 × top-k would pay too, it would gain less and lose as much.
     """
     return topk <= _MOST_TOPK and entries >= topk * max(8, 128 // heads)
 
@@ -106,7 +108,7 @@ def run(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output as `api.sparse_attention`'s, and the statistics [B, S, N padded to 128] of `kernel.forward`.
 
-    Every selected entry is visible to its query, and none is twice in a list.
+    Every selected entry is visible to its query, none is twice in a list, and no query has more than `static.topk`.
 
     Raises:
       ValueError: blocks that do not fit into VMEM.

@@ -227,6 +227,7 @@ def test_a_mask_of_bits_equals_the_list(implementation):
     [
         (dict(window=19), "60 keys for 40 queries and a window of 19"),
         (dict(scale=-1.0), "scale -1.0, need a positive one"),
+        (dict(sound_topk=0), "sound_topk 0, need at least 1"),
         (dict(entry_end=None), "need all or none"),
         (dict(selection_mask=jnp.zeros((1, 40, 3), jnp.int32)), "3 words for 50 entries, need 2"),
         (dict(selection_mask=jnp.zeros((1, 40, 2), jnp.int32), selection=jnp.zeros((1, 40, 2), jnp.int32)), "one of"),

@@ -106,6 +106,23 @@ def test_unions_of_bits_without_anything_in_common_fill_every_place(topk):
     assert_unions_are_right(lists, 32, 32 * topk)
 
 
+def test_unions_of_bits_end_where_a_mask_has_more_than_was_said():
+    mask = jnp.full((1, 8, 40000 // 32), -1, jnp.int32)
+    found = interpreted(lambda: jax.jit(lambda x: unions_of_bits(x, 1, 8, CHIPS["v6e"]))(mask))
+    members = np.asarray(found.members).reshape(-1)
+    assert int(found.size[0, 0]) == members.size == 16384
+    assert len(set(members)) == members.size
+    assert members.max() < 40000
+    np.testing.assert_array_equal(found.words, 0xFF)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"union of masks of 33,554,432 entries: needs [\d,]+ bytes .* give lists"):
+        jax.eval_shape(
+            lambda x: unions_of_bits(x, 512, 32, CHIPS["v6e"]), jax.ShapeDtypeStruct((1, 32, 1 << 20), jnp.int32)
+        )
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 def sound_problem(seed, **sizes):
     """`problem` without the entries that are not visible."""
@@ -213,7 +230,9 @@ def test_the_copies_do_not_race(capfd):
 
 
 # ---- which path, and what it counts ----------------------------------------------------------------------------------
-def traced(topk, entries, *, sound=True, form="mask", heads=64, queries=64, dim=512, is_training=False):
+def traced(
+    topk, entries, *, sound=True, form="mask", width=None, heads=64, queries=64, dim=512, is_training=False
+):  # fmt: skip
     """The jaxpr of the public function's kernels."""
     a, i, b = jax.ShapeDtypeStruct, jnp.int32, jnp.bfloat16
     arrays = dict(
@@ -222,7 +241,7 @@ def traced(topk, entries, *, sound=True, form="mask", heads=64, queries=64, dim=
         entries=a((1, entries, dim), b), entry_end=a((1, entries), i), entry_segment=a((1, entries), i),
     )  # fmt: skip
     if form == "list":
-        arrays["selection"] = a((1, queries, topk), i)
+        arrays["selection"] = a((1, queries, width or topk), i)
     else:
         arrays["selection_mask"] = a((1, queries, -(-entries // 32)), i)
 
@@ -236,26 +255,33 @@ def traced(topk, entries, *, sound=True, form="mask", heads=64, queries=64, dim=
     return str(jax.make_jaxpr(function)(arrays))
 
 
+def kernels_of(text):
+    return set(re.findall(r"name=(sparse_attention_\w+)", text))
+
+
 def test_unions_are_taken_for_sound_selections_where_there_are_many_entries_per_selected_one():
-    assert "sparse_attention_gather" in traced(512, 4096)
-    assert "sparse_attention_gather" in traced(512, 4096, form="list")
+    assert {"sparse_attention_gather", "sparse_attention_union_bits"} <= kernels_of(traced(512, 4096))
+    assert {"sparse_attention_gather", "sparse_attention_union"} <= kernels_of(traced(512, 4096, form="list"))
     assert "sparse_attention_gather" not in traced(512, 4095)
     assert "sparse_attention_gather" not in traced(512, 8192, sound=False)
     assert "sparse_attention_gather" not in traced(1025, 1 << 18)
+    assert "sparse_attention_gather" not in traced(512, 1 << 14, form="list", width=2048)
     assert "sparse_attention_gather" not in traced(512, 8191, heads=8)
     assert "sparse_attention_gather" in traced(512, 8192, heads=8)
 
 
-@pytest.mark.parametrize(("heads", "topk", "entries"), [(64, 512, 1 << 14), (128, 1024, 1 << 18)])
-def test_costs_count_twice_the_selected_entries_whatever_the_context(heads, topk, entries):
-    text = traced(topk, entries, heads=heads, is_training=True)
+@pytest.mark.parametrize(
+    ("heads", "topk", "entries", "form"), [(64, 512, 1 << 14, "mask"), (128, 1024, 1 << 18, "list")]
+)
+def test_costs_count_twice_the_selected_entries_whatever_the_context(heads, topk, entries, form):
+    text = traced(topk, entries, form=form, heads=heads, is_training=True)
     found = {
         name: int(flops)
         for flops, name in re.findall(r"CostEstimate\(flops=(\d+),.*?name=(sparse_attention_\w+)", text, re.DOTALL)
     }
     pairs = 64 * heads * (256 + 2 * topk)  # a window of 128 in whole tiles
     assert found == {
-        "sparse_attention_union": 0,
+        "sparse_attention_union" if form == "list" else "sparse_attention_union_bits": 0,
         "sparse_attention_gather": 2 * 2 * pairs * 512,
         "sparse_attention_scatter": 2 * 5 * pairs * 512,
     }

@@ -10,7 +10,7 @@ import tolerances
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.sparse_attention import prefill_union
+from kernels_pallas.sparse_attention import api, prefill_union
 from v4jax import ops
 from v4jax.loading import load
 
@@ -29,8 +29,11 @@ def test_logits_equal_the_goldens(golden) -> None:
 
 
 @pytest.mark.nightly
-def test_logits_over_unions_of_selections_equal_the_goldens(golden, monkeypatch) -> None:
+@pytest.mark.parametrize("form", ["mask", "list"])
+def test_logits_over_unions_of_selections_equal_the_goldens(golden, monkeypatch, form) -> None:
     monkeypatch.setattr(prefill_union, "is_worth_it", lambda *sizes: True)
+    if form == "list":
+        monkeypatch.setattr(api, "_MOST_PER_SELECTED", 0)
     assert_logits_equal(*golden)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from v4jax.checkpoint.names import released_tensors
-from v4jax.config import ModelConfig
+from v4jax.config import ModelConfig, layer_plan
+from v4jax.plan.activations import selection_bytes
 from v4jax.plan.analytic import abstract_placement, decode_flops, estimate, needed_hbm_bytes, visible
 from v4jax.plan.meshes import candidates, factorisations
 from v4jax.plan.request import Request
@@ -88,6 +89,23 @@ def test_training_state_is_two_moments_of_what_is_trained():
     assert 1.9 < guess.optimizer_bytes / guess.weight_bytes < 2
     assert guess.cache_bytes == 0
     assert guess.model_flops == pytest.approx(512 * guess.device_flops, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("context", "choices", "size"),
+    [
+        (2048, (), 0),  # nothing to choose
+        (16384, (), 512),  # 4096 bits
+        (20000, (), 1024),  # 5000 bits in whole lanes
+        (262144, (), 2048),  # a list of 512 is shorter
+        (16384, ("sparse_attention=xla",), 2048),
+    ],
+)
+def test_a_training_step_keeps_selections_as_bits_or_lists(context, choices, size):
+    given = request(step="train", context=context, implementation=choices)
+    specs = layer_plan(given.config)
+    assert {selection_bytes(given, spec) for spec in specs if spec.has_indexer} == {size}
+    assert {selection_bytes(given, spec) for spec in specs if not spec.has_indexer} == {0}
 
 
 def test_meshes_are_all_divisions_ranked_by_fit_and_time():

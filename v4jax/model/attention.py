@@ -35,7 +35,7 @@ from v4jax.quant import simulate_kv
 class _Selection(NamedTuple):
     """The entries that each query is restricted to, as a list or as bits; all visible ones where it has neither."""
 
-    entries: Int[Array, "B S K"] | None = None
+    indices: Int[Array, "B S K"] | None = None
     mask: Int[Array, "B S W"] | None = None
 
 
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         inputs: LayerInputs,
         cache: LayerCache | None = None,
-        entries: Int[Array, "B S K"] | None = None,
+        selection: Int[Array, "B S K"] | None = None,
         *,
         record: bool = False,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None, Int[Array, "B S K"] | None]:
@@ -76,8 +76,9 @@ class Attention(nnx.Module):
 
         Args:
           cache: None for a whole forward pass. With one, x continues it.
-          entries: what to attend to instead of the indexer's choice (replay).
-          record: whether the entries that were selected are wanted; else None may stand for them.
+          selection: entries to attend to instead of the indexer's (replay).
+          record: whether the entries that were selected are wanted; else None may stand for them. Where kernels would
+            take bits they get a list then, and may sum in another order.
         """
         turn = inputs.turn(self.spec.ratio)
         latent, kv = Linear.joint(x.astype(self.policy.compute), (self.wq_a, self.wkv))
@@ -90,14 +91,14 @@ class Attention(nnx.Module):
         kv = rotate(self.kv_norm(kept(kv.astype(self.policy.compute))), turn)
         if self.policy.quant_sim:
             kv = simulate_kv(kv, self.config.nope_head_dim)
-        parts, selection = (x, latent, q, kv, inputs), _Selection(entries)
+        parts, chosen = (x, latent, q, kv, inputs), _Selection(selection)
         if cache is None:
-            out, selection = self._attend(*parts, selection, record=record)
+            out, chosen = self._attend(*parts, chosen, record=record)
         elif inputs.is_step:
-            out, cache, selection = self._step(*parts, cache, selection)
+            out, cache, chosen = self._step(*parts, cache, chosen)
         else:
-            out, cache, selection = self._extend(*parts, cache, selection, record=record)
-        return kept(self._project_out(rotate(out, over_heads(turn.inverse)))), cache, selection.entries
+            out, cache, chosen = self._extend(*parts, cache, chosen, record=record)
+        return kept(self._project_out(rotate(out, over_heads(turn.inverse)))), cache, chosen.indices
 
     def _project_out(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Each group of heads through its own matrix, then all groups together."""
@@ -163,7 +164,7 @@ class Attention(nnx.Module):
         window = self.config.sliding_window
         # A row shorter than one window completes no entry.
         entries = self.compressor(x, inputs) if 0 < self.spec.ratio <= x.shape[1] else None
-        if selection.entries is None and entries is not None and self._has_selection(entries.values.shape[1]):
+        if selection.indices is None and entries is not None and self._has_selection(entries.values.shape[1]):
             keys = self.indexer.compressor(jax.lax.stop_gradient(x), inputs).values
             selection = self._select(x, latent, inputs, entries, keys, record=record)
         keys = jnp.concatenate([parallel.rows_before(kv, window), kv], axis=1)
@@ -185,7 +186,7 @@ class Attention(nnx.Module):
         cache = self._compress(x, inputs, cache)
         values = join_entries(cache.entries)
         entries = None if values is None else self._in_slots(values)
-        if selection.entries is None and entries is not None and self._has_selection(entries.values.shape[1]):
+        if selection.indices is None and entries is not None and self._has_selection(entries.values.shape[1]):
             index_keys = join_entries(cache.index_keys)
             assert index_keys is not None
             selection = self._select(x, latent, inputs, entries, index_keys, record=record)
@@ -203,7 +204,7 @@ class Attention(nnx.Module):
         assert inputs.end is not None
         cache = self._compress(x, inputs, cache)
         ring = ring_put(cache.window, kv[:, 0], inputs.start, cache.layer)
-        chosen, entry_count = selection.entries, None
+        chosen, entry_count = selection.indices, None
         attend: Callable[..., jax.Array] = ops.sparse_attention_decode
         if cache.entries is not None:
             # Entries are in order, so that a query sees the first of them; this device holds those from `first` on.

@@ -178,10 +178,15 @@ def _fill_rows(
     if not missing:
         return inputs, replay
 
-    def fill(array: jax.Array) -> jax.Array:
-        return jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
+    def fill(array: jax.Array, value: int = 0) -> jax.Array:
+        return jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)], constant_values=value)
 
-    return jax.tree.map(fill, (inputs, replay))
+    if replay is not None:
+        chosen = ((fill(one.experts), one.entries) for one in replay)
+        replay = tuple(
+            Choices(experts, entries if entries is None else fill(entries, -1)) for experts, entries in chosen
+        )
+    return jax.tree.map(fill, inputs), replay
 
 
 def _own_chunk(inputs: LayerInputs) -> LayerInputs:

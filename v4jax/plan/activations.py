@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from v4jax import ops
-from v4jax.config import LayerSpec, ModelConfig, layer_plan
+from v4jax.config import LayerSpec, layer_plan
 from v4jax.model.travel import BUFFER_BYTES
 from v4jax.plan.request import Request
 from v4jax.sharding import Division, Placement
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from v4jax.plan.analytic import Parameter
 
 _FLOAT32, _COMPUTE, _INDEX = 4, 2, 4
+_LANES = 128
+"""Words of a mask lie in whole rows of these."""
 _HEADS_ALIVE = 7
 """Arrays [tokens, heads, head_dim] in a layer's backward pass: queries before and after their norm and rotation, what
 attention returns, its rotation, the gradients of both, and a change of layout."""
@@ -47,7 +49,7 @@ def training_bytes(
     maps = tokens * config.hc_mult * (2 + config.hc_mult) * _FLOAT32
     narrow = tokens * (config.hidden_size + config.q_lora_rank + config.head_dim) * _COMPUTE
     scores = tokens * config.n_routed_experts * _FLOAT32
-    selections = sum(tokens * _selection_bytes(config, spec, request.context) for spec in layer_plan(config))
+    selections = sum(tokens * selection_bytes(request, spec) for spec in layer_plan(config))
     kept = config.num_hidden_layers * (streams + maps + narrow + scores) + selections
     heads = tokens * config.num_attention_heads * config.head_dim * _COMPUTE / placement.sizes["tensor"]
     picks = tokens * config.num_experts_per_tok * config.hidden_size * _COMPUTE
@@ -60,14 +62,14 @@ def training_bytes(
     return int(kept + layer + gradients + _OTHER)
 
 
-def _selection_bytes(config: ModelConfig, spec: LayerSpec, length: int) -> float:
-    """What is kept of a token's selection, in the form that the kernels take."""
-    count = length // spec.ratio if spec.has_indexer else 0
-    if count <= config.index_topk:
+def selection_bytes(request: Request, spec: LayerSpec) -> int:
+    """What is kept of a token's selection in one layer, in the form that attention takes on a TPU."""
+    topk, count = request.config.index_topk, request.context // spec.ratio if spec.has_indexer else 0
+    if count <= topk:
         return 0
-    with ops.implementations(["sparse_attention=pallas"]):
-        is_mask = ops.selection_form(config.index_topk, count) == "mask"
-    return count / 8 if is_mask else config.index_topk * _INDEX
+    with ops.implementations(["sparse_attention=pallas", *request.implementation]):
+        is_mask = ops.selection_form(topk, count) == "mask"
+    return math.ceil(count / 32 / _LANES) * _LANES * _INDEX if is_mask else topk * _INDEX
 
 
 def _layer_elements(
