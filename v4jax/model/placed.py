@@ -182,10 +182,8 @@ def _fill_rows(
         return jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)], constant_values=value)
 
     if replay is not None:
-        chosen = ((fill(one.experts), one.entries) for one in replay)
-        replay = tuple(
-            Choices(experts, entries if entries is None else fill(entries, -1)) for experts, entries in chosen
-        )
+        parts = ((fill(one.experts), one.entries) for one in replay)
+        replay = tuple(Choices(experts, None if chosen is None else fill(chosen, -1)) for experts, chosen in parts)
     return jax.tree.map(fill, inputs), replay
 
 
