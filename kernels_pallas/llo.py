@@ -12,8 +12,7 @@ _EXIT_TEST = re.compile(
     r"%(p\d+)_p\d+ = scmp\.\w+\.s32\.totalorder (?:\(%p\w+\), )?%(s\d+)_s\d+, (\d+) /\* loop exit test"
 )
 _STEP = re.compile(r"%(s\d+)_s\d+ = sadd\.s32 (?:\(%p\w+\), )?(\d+), %s")
-_BRANCH = re.compile(r"sbr\.rel \(!?%(p\d+)_p\d+\)")
-_SKIP = re.compile(r"sbr\.rel \(!?%p\d+_p\d+\) target = \$region(\d+)")
+_BRANCH = re.compile(r"sbr\.rel \(!?%(p\d+)_p\d+\)(?: target = \$region(\d+))?")
 
 
 def flags(folder: Path, *, static: bool, bundles: bool) -> str:
@@ -105,8 +104,8 @@ def _taken(lines: list[str], shares: Sequence[float]) -> dict[int, float] | None
         return {}
     regions = []
     for start, line in enumerate(lines):
-        if skip := _SKIP.search(line):
-            to = re.compile(rf"PF:.*\bregion {skip[1]}\b")
+        if branch := _BRANCH.search(line):
+            to = re.compile(rf"PF:.*\bregion {branch[2]}\b")
             end = next((n for n in range(start + 1, len(lines)) if to.search(lines[n])), None)
             if end is not None:
                 regions.append((start + 1, end))

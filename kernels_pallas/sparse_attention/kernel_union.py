@@ -9,6 +9,7 @@ One grid step takes a tile of Q queries, Q · K indices in a few registers, and
 Neither the number of entries nor any array of that length comes in.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +125,36 @@ def padded_topk(topk: int, queries: int) -> int:
     return max(LANES * LANES // queries, 1 << (topk - 1).bit_length())
 
 
+def over_tiles(
+    unite: Callable[..., None], chosen: Int[Array, "B S W"], topk: int, queries: int, chip: Chip, *, empty: int,
+    name: str, scratch: Sequence[Any] = (),
+) -> Unions:  # fmt: skip
+    """Calls a kernel for every tile of queries.
+
+    Args:
+      unite: takes the tile's part of `chosen` [1, Q, W], members and words [1, 1, C / 128, 128], and the scratch.
+      topk: indices per query that a tile holds, see `padded_topk`.
+      empty: what stands for a query that is none.
+    """
+    batch, length, width = chosen.shape
+    tiles, rows = cdiv(length, queries), queries * topk // LANES
+    chosen = pad_to(chosen, 1, tiles * queries, empty)
+    out = jax.ShapeDtypeStruct((batch, tiles, rows, LANES), jnp.int32)
+    block = pl.BlockSpec((1, 1, rows, LANES), lambda b, t: (b, t, 0, 0))
+    members, words = pl.pallas_call(
+        unite,
+        grid=(batch, tiles),
+        in_specs=[pl.BlockSpec((1, queries, width), lambda b, t: (b, t, 0))],
+        out_specs=[block, block],
+        out_shape=[out, out],
+        scratch_shapes=scratch,
+        compiler_params=compiler_params(chip, semantics=("parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=4 * (chosen.size + 2 * out.size)),
+        name=name,
+    )(chosen)
+    return Unions(members, words, jnp.sum(words != 0, axis=(2, 3), dtype=jnp.int32))
+
+
 def unions(selection: Int[Array, "B S K"], queries: int, chip: Chip) -> Unions:
     """The kernel.
 
@@ -131,20 +162,6 @@ def unions(selection: Int[Array, "B S K"], queries: int, chip: Chip) -> Unions:
       selection: indices below 2^25, none twice in a query's list; −1 for none.
       queries: per tile, Q: 8, 16 or 32. The last tile may be partly filled.
     """
-    batch, length, topk = selection.shape
-    tiles, width = cdiv(length, queries), padded_topk(topk, queries)
-    padded = pad_to(pad_to(selection.astype(jnp.int32), 1, tiles * queries, -1), 2, width, -1)
-    rows = queries * width // LANES
-    out = jax.ShapeDtypeStruct((batch, tiles, rows, LANES), jnp.int32)
-    block = pl.BlockSpec((1, 1, rows, LANES), lambda b, t: (b, t, 0, 0))
-    members, words = pl.pallas_call(
-        _unite,
-        grid=(batch, tiles),
-        in_specs=[pl.BlockSpec((1, queries, width), lambda b, t: (b, t, 0))],
-        out_specs=[block, block],
-        out_shape=[out, out],
-        compiler_params=compiler_params(chip, semantics=("parallel", "parallel")),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=3 * padded.size * 4),
-        name="sparse_attention_union",
-    )(padded)
-    return Unions(members, words, jnp.sum(words != 0, axis=(2, 3), dtype=jnp.int32))
+    topk = padded_topk(selection.shape[2], queries)
+    padded = pad_to(selection.astype(jnp.int32), 2, topk, -1)
+    return over_tiles(_unite, padded, topk, queries, chip, empty=-1, name="sparse_attention_union")

@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from kernels_pallas.sparse_attention.kernel_union import Unions, padded_topk
+from kernels_pallas.sparse_attention.kernel_union import Unions, over_tiles, padded_topk
 from kernels_pallas.sparse_attention.layout import WORD, pad_to
 from kernels_pallas.sparse_attention.places import Registers, to_front, zeros_before
-from kernels_pallas.tpu import LANES, SUBLANES, Chip, cdiv, check_vmem, compiler_params, round_up
+from kernels_pallas.tpu import LANES, SUBLANES, Chip, check_vmem, round_up
 
 _PLACE_BITS = 14
 _STRETCH = 1 << _PLACE_BITS
@@ -117,25 +117,12 @@ def unions_of_bits(mask: Int[Array, "B S D"], topk: int, queries: int, chip: Chi
     Raises:
       ValueError: masks of a tile that do not fit into VMEM.
     """
-    batch, length, width = mask.shape
-    tiles, width = cdiv(length, queries), round_up(width, _STRETCH // WORD)
-    padded = pad_to(pad_to(mask.astype(jnp.int32), 1, tiles * queries), 2, width)
-    rows = queries * padded_topk(topk, queries) // LANES
+    topk, width = padded_topk(topk, queries), round_up(mask.shape[2], _STRETCH // WORD)
+    rows = queries * topk // LANES
     needed = 4 * (2 * queries * width + 2 * (3 * rows + LANES + SUBLANES) * LANES)
     check_vmem(f"sparse_attention, union of masks of {width * WORD:,} entries", needed, chip, "give lists")
-    out = jax.ShapeDtypeStruct((batch, tiles, rows, LANES), jnp.int32)
-    block = pl.BlockSpec((1, 1, rows, LANES), lambda b, t: (b, t, 0, 0))
-    members, words = pl.pallas_call(
-        _unite,
-        grid=(batch, tiles),
-        in_specs=[pl.BlockSpec((1, queries, width), lambda b, t: (b, t, 0))],
-        out_specs=[block, block],
-        out_shape=[out, out],
-        scratch_shapes=[pltpu.VMEM((rows + LANES + SUBLANES, LANES), jnp.int32)] * 2,
-        compiler_params=compiler_params(chip, semantics=("parallel", "parallel")),
-        cost_estimate=pl.CostEstimate(
-            flops=0, transcendentals=0, bytes_accessed=4 * (padded.size + 2 * batch * tiles * rows * LANES)
-        ),
+    return over_tiles(
+        _unite, pad_to(mask.astype(jnp.int32), 2, width), topk, queries, chip, empty=0,
         name="sparse_attention_union_bits",
-    )(padded)
-    return Unions(members, words, jnp.sum(words != 0, axis=(2, 3), dtype=jnp.int32))
+        scratch=[pltpu.VMEM((rows + LANES + SUBLANES, LANES), jnp.int32)] * 2,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from kernels_pallas.tpu import LANES, cdiv, round_up
 from v4jax import ops
 from v4jax.config import LayerSpec, layer_plan
 from v4jax.model.travel import BUFFER_BYTES
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from v4jax.plan.analytic import Parameter
 
 _FLOAT32, _COMPUTE, _INDEX = 4, 2, 4
-_LANES = 128
-"""Words of a mask lie in whole rows of these."""
 _HEADS_ALIVE = 7
 """Arrays [tokens, heads, head_dim] in a layer's backward pass: queries before and after their norm and rotation, what
 attention returns, its rotation, the gradients of both, and a change of layout."""
@@ -69,7 +68,8 @@ def selection_bytes(request: Request, spec: LayerSpec) -> int:
         return 0
     with ops.implementations(["sparse_attention=pallas", *request.implementation]):
         is_mask = ops.selection_form(topk, count) == "mask"
-    return math.ceil(count / 32 / _LANES) * _LANES * _INDEX if is_mask else topk * _INDEX
+    # Words of a mask lie in whole rows of lanes.
+    return _INDEX * (round_up(cdiv(count, 32), LANES) if is_mask else topk)
 
 
 def _layer_elements(
