@@ -1,4 +1,4 @@
-"""Products that XLA's CPU does faster in another form: a matrix times one vector, small matrices times many rows."""
+"""Products that XLA's CPU does faster in another form: a matrix times one or few rows, small matrices times many."""
 
 import os
 
@@ -10,6 +10,9 @@ from kernels_pallas.tpu import current_platform
 
 _LEAST_PART = 1 << 16
 """Elements of a matrix that are worth a thread."""
+
+_FEW_ROWS = 32
+"""Up to so many rows, a matrix times them is faster than they times the matrix."""
 
 _MANY_ROWS = 256
 """From so many rows on, copying a matrix is little beside multiplying by it."""
@@ -38,6 +41,23 @@ def parts_of(rows: int, columns: int) -> int:
         return 1
     most = max(min(os.cpu_count() or 1, rows * columns // _LEAST_PART), 1)
     return next(parts for parts in range(most, 0, -1) if rows % parts == 0)
+
+
+def are_few(rows: int) -> bool:
+    """Whether so many rows are better multiplied by `times_few`."""
+    return 1 < rows <= _FEW_ROWS and current_platform() == "cpu"
+
+
+def times_few(weight: Float[Array, "*G O I"], x: Float[Array, "*G R I"], precision: jax.lax.Precision) -> jax.Array:
+    """`x · weightᵀ` [*G, R, O] for few rows, accumulated and returned in float32.
+
+    XLA's CPU rearranges the second operand of a product in memory: here the rows instead of the matrix.
+    """
+    batch = tuple(range(weight.ndim - 2))
+    numbers = (((weight.ndim - 1,), (x.ndim - 1,)), (batch, batch))
+    out = jax.lax.dot_general(weight, x, numbers, precision=precision, preferred_element_type=jnp.float32)
+    # Without the barrier XLA makes a transposed product one of swapped operands.
+    return jnp.swapaxes(jax.lax.optimization_barrier(out), -1, -2)
 
 
 def are_joined(rows: int) -> bool:

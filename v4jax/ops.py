@@ -22,11 +22,12 @@ from kernels_pallas.loops import data_loop
 from kernels_pallas.materialize import materialized, with_materialized_gradient
 from kernels_pallas.ordering import by_key, gather_sum
 from kernels_pallas.sparse_attention import merge_partials
-from kernels_pallas.vectors import are_joined, matrix_vector
+from kernels_pallas.vectors import are_few, are_joined, matrix_vector, times_few
 from v4jax.errors import UsageError
 
 __all__ = [
     "ExpertStack",
+    "are_few",
     "are_joined",
     "by_key",
     "data_loop",
@@ -48,6 +49,7 @@ __all__ = [
     "sparse_attention",
     "sparse_attention_decode",
     "swiglu",
+    "times_few",
     "unpack_maps",
     "with_materialized_gradient",
 ]

@@ -38,13 +38,17 @@ class Blocks(NamedTuple):
 def blocks_for(picks: float, experts: int, most: int) -> Blocks:
     """For about `picks` rows that fall on `experts` at random, and never more than `most`.
 
-    The unit is a power of two: up to a quarter of the mean load where there are larger blocks too, else up to half of
-    it. A GPU has one size of block: it waits for every loop, whether that turns or not.
+    The unit is a power of two. A GPU has one size of block, up to half the mean load: it waits for every loop, whether
+    that turns or not. A CPU with few rows per expert has two, up to the mean load and up to twice that: its time is
+    that of reading matrices. With many rows it has sizes in steps of up to a quarter of the mean load.
     """
     mean = picks / experts
     quarter = 1 << max(int(mean).bit_length() - 3, 0)
-    if mean < _LARGE_UNIT or current_platform() != "cpu":
+    if current_platform() != "cpu":
         return _blocks(picks, experts, (min(max(2 * quarter, _MIN_UNIT), _MAX_UNIT),))
+    if mean < _LARGE_UNIT:
+        unit = max(4 * quarter, _MIN_UNIT)
+        return _blocks(picks, experts, (2 * unit, unit) if 2 * unit <= min(2 * mean, most) else (unit,))
     unit = min(max(quarter, _LARGE_UNIT), _MAX_UNIT)
     larger = (unit * i for i in range(_MOST_UNITS, 1, -1))
     return _blocks(picks, experts, (*(size for size in larger if size <= most), unit))

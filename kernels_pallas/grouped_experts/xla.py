@@ -26,10 +26,10 @@ from kernels_pallas.grouped_experts.stacks import ExpertStack
 from kernels_pallas.loops import data_loop
 from kernels_pallas.ordering import gather_sum
 from kernels_pallas.tpu import current_platform
-from kernels_pallas.vectors import matrix_vector
+from kernels_pallas.vectors import are_few, matrix_vector, times_few
 
-_FEW_ROWS = 16
-"""Below this many rows per expert, XLA's CPU multiplies by small blocks of them more slowly than by each."""
+_FEW_ROWS = 3.0
+"""Below this many rows per expert with work, a CPU is faster by one row at a time than by the smallest blocks."""
 _FEW_PICKS = 8
 """Up to this many (token, expert) pairs each get their own copy of the expert's matrices: no sort, no padding."""
 
@@ -103,9 +103,9 @@ def _forward(
         into, w2 = _into(matrices, expert, x.dtype), matrices[2].one(expert, x.dtype)
 
         def one_block(row: jax.Array, size: int, _: bool, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            both = dot(x[_rows(groups.token, row, size)], into)
+            both = _dot(x[_rows(groups.token, row, size)], into)
             z = _swiglu(both, limit) * _rows(groups.share, row, size)[:, None]
-            results = (dot(z.astype(x.dtype), w2), both)
+            results = (_dot(z.astype(x.dtype), w2), both)
             return tuple(_put(array, value, row) for array, value in zip(state, results, strict=False))
 
         return over_blocks(groups.first[expert], groups.last[expert], blocks, one_block, state)
@@ -115,6 +115,10 @@ def _forward(
     state = tuple(jnp.zeros((rows, width), jnp.float32) for width in widths)
     out, *kept = data_loop(0, groups.active, one_expert, state, expected=blocks.experts)
     return gather_sum(out, groups.slot), kept[0] if keep else None
+
+
+def _dot(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    return times_few(weight, rows, precision(rows)) if are_few(len(rows)) else dot(rows, weight)
 
 
 def _into(matrices: Stacks, expert: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -157,7 +161,7 @@ def _inference(
     if is_one_of_many:
         rows = tiles.rows_of_tile(picks, count)
         return tiles.forward(x, matrices, experts, weights, rows, limit, expected_tiles(picks, count, rows))
-    if picks < count * _FEW_ROWS and current_platform() == "cpu":
+    if picks < active_experts(picks, count) * _FEW_ROWS and current_platform() == "cpu":
         return _row_by_row(x, matrices, experts, weights, limit, picks)
     blocks = blocks_for(picks, count, experts.size)
     groups = _group(experts, weights, count, blocks.unit)
@@ -204,13 +208,17 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
     blocks = blocks_for(picks, count, experts.size)
     hidden_size = matrices[0].shape[1]
 
+    def back(d_rows: jax.Array, matrix: jax.Array) -> jax.Array:
+        """d_rows · matrix: from a product's result to its rows."""
+        return jnp.matmul(d_rows, matrix, precision=precision(d_rows), preferred_element_type=jnp.float32)
+
     def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
         """aᵀ · b, summed over rows."""
         return dot(a.astype(dtype).T, b.astype(dtype).T)
 
     def one_expert(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert = groups.expert[i]
-        into, w2 = _into(_stacks(matrices), expert, dtype).T, matrices[2][expert].T
+        into, w2 = _into(_stacks(matrices), expert, dtype), matrices[2][expert]
 
         # A padding row repeats a real token, but its share of 0 keeps it out of every sum.
         def one_block(row: jax.Array, size: int, is_first: bool, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -218,10 +226,10 @@ def _experts_bwd(limit: float, picks: float, saved: tuple, d_out: jax.Array) -> 
             token, share = _rows(groups.token, row, size), _rows(groups.share, row, size)[:, None]
             x_block, d_block = x[token], d_out[token].astype(dtype)
             hidden, pull = jax.vjp(lambda both: _swiglu(both, limit), _rows(both, row, size))
-            d_z = dot(d_block, w2)
+            d_z = back(d_block, w2)
             d_both = pull(d_z * share)[0].astype(dtype)
             d_share = _put(d_share, jnp.sum(d_z * hidden, axis=-1), row)
-            d_x = _put(d_x, dot(d_both, into), row)
+            d_x = _put(d_x, back(d_both, into), row)
             own = over_rows(d_both, x_block), over_rows(d_block, hidden * share)
             if not is_first:  # the first one overwrites what the expert before has left
                 own = (total + more for total, more in zip(sums, own, strict=True))

@@ -32,14 +32,14 @@ def by_definition(x, matrices, chosen, weights):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 40, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 20, 40, 300])
 def test_equals_the_definition(implementation, tokens):
     x, matrices, chosen, weights = problem(0, 6, tokens, 3)
     got = grouped_experts(x, *matrices, jnp.asarray(chosen), weights, limit=LIMIT, implementation=implementation)
     np.testing.assert_allclose(got, by_definition(x, matrices, chosen, weights), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("tokens", [60, 401])  # one size of blocks, and several
+@pytest.mark.parametrize("tokens", [7, 20, 60, 401])  # blocks of one size, of two, of many
 @pytest.mark.parametrize("load", ["even", "one takes all", "some have none"])
 def test_gradients_equal_the_references_for_any_load(load, tokens):
     x, matrices, chosen, weights = problem(1, 5, tokens, 2)
@@ -91,7 +91,9 @@ def test_a_gpu_has_blocks_of_one_size(monkeypatch):
     assert blocks_for(8192, 32, 8192).sizes == (128,)
 
 
-@pytest.mark.parametrize(("picks", "experts"), [(9, 256), (64, 32), (700, 7), (2048, 32), (8192, 32), (90_000, 8)])
+@pytest.mark.parametrize(
+    ("picks", "experts"), [(9, 256), (64, 32), (170, 32), (300, 32), (700, 7), (2048, 32), (8192, 32), (90_000, 8)]
+)
 def test_blocks_cover_every_unit_once_and_run_as_often_as_expected(picks, experts):
     blocks = blocks_for(picks, experts, picks)
     assert all(size == smaller + blocks.unit for size, smaller in zip(blocks.sizes, blocks.sizes[1:], strict=False))

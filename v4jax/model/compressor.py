@@ -213,8 +213,11 @@ class Compressor(nnx.Module):
             gate_before = jnp.where(has_before[..., None, None], before[1][..., : self.width], -jnp.inf)
             kv = jnp.concatenate([before[0][..., : self.width], kv[..., self.width :]], axis=2)
             gate = jnp.concatenate([gate_before, gate[..., self.width :]], axis=2)
-        weights = jnp.exp(gate - jax.lax.stop_gradient(jnp.max(gate, axis=2, keepdims=True)))
-        return jnp.sum(weights * kv, axis=2) / jnp.sum(weights, axis=2)
+        # As one row of windows: XLA's CPU takes several times as long over the middle axis of a batch of rows.
+        batch, count = gate.shape[:2]
+        kv, gate = (x.reshape(batch * count, *x.shape[2:]) for x in (kv, gate))
+        weights = jnp.exp(gate - jax.lax.stop_gradient(jnp.max(gate, axis=1, keepdims=True)))
+        return (jnp.sum(weights * kv, axis=1) / jnp.sum(weights, axis=1)).reshape(batch, count, -1)
 
     def _finish(self, pooled: Float[Array, "B P H"], starts: Int[Array, "B P"]) -> Float[Array, "B P H"]:
         """Norm, rotation at the window's first position, simulated quantisation."""

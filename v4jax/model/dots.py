@@ -12,16 +12,24 @@ from v4jax.dtypes import DTypePolicy
 def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy: DTypePolicy) -> Float[Array, "*T GO"]:
     """Each group of channels through its own matrix, in the compute dtype; results side by side."""
     x, weight = x.astype(policy.compute), weight.astype(policy.compute)
-    numbers = (((x.ndim - 1,), (2,)), ((x.ndim - 2,), (0,)))
-    out = jax.lax.dot_general(x, weight, numbers, precision=policy.precision, preferred_element_type=jnp.float32)
+    if ops.are_few(rows := x[..., 0, 0].size):
+        few = ops.times_few(weight, jnp.moveaxis(x.reshape(rows, *x.shape[-2:]), 0, 1), policy.precision)
+        out = few.reshape(len(weight), *x.shape[:-2], -1)
+    else:
+        numbers = (((x.ndim - 1,), (2,)), ((x.ndim - 2,), (0,)))
+        out = jax.lax.dot_general(x, weight, numbers, precision=policy.precision, preferred_element_type=jnp.float32)
     out = ops.with_materialized_gradient(out)
     return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-2], -1).astype(policy.compute)
 
 
 def full_dot(x: jax.Array, weight: jax.Array, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> jax.Array:
     """`x · weightᵀ` accumulated and returned in float32."""
-    if x.size == weight.shape[1]:
+    rows = x.size // x.shape[-1]
+    if rows == 1:
         return ops.matrix_vector(weight, x.reshape(-1), precision).reshape(*x.shape[:-1], -1)
+    if ops.are_few(rows):
+        out = ops.times_few(weight, x.reshape(rows, -1), precision).reshape(*x.shape[:-1], -1)
+        return ops.with_materialized_gradient(out)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     out = jax.lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)
     return ops.with_materialized_gradient(out)
