@@ -80,8 +80,10 @@ def test_equals_the_definition(case, implementation):
     np.testing.assert_allclose(got, by_definition(inputs, window), atol=5e-6)
 
 
+@pytest.mark.parametrize("kept_keys", [0, 40, 512])  # none of the weights kept, those of the fewer keys, all
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_equal_the_references(case):
+def test_gradients_equal_the_references(case, kept_keys, monkeypatch):
+    monkeypatch.setattr(xla, "_KEPT_KEYS", kept_keys)
     inputs, window = problem(1, **CASES[case])
     names = [name for name in ("q", "keys", "sink", "entries") if name in inputs]
     cotangent = np.random.default_rng(2).standard_normal(inputs["q"].shape).astype(np.float32)
