@@ -1,5 +1,7 @@
 """Products of activations with matrices in the checkpoint's [out, in] layout, accumulated in float32."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from v4jax.dtypes import DTypePolicy
 def grouped_dot(x: Float[Array, "*T G I"], weight: Float[Array, "G O I"], policy: DTypePolicy) -> Float[Array, "*T GO"]:
     """Each group of channels through its own matrix, in the compute dtype; results side by side."""
     x, weight = x.astype(policy.compute), weight.astype(policy.compute)
-    if ops.are_few(rows := x[..., 0, 0].size):
+    if ops.are_few(rows := math.prod(x.shape[:-2])):
         few = ops.times_few(weight, jnp.moveaxis(x.reshape(rows, *x.shape[-2:]), 0, 1), policy.precision)
         out = few.reshape(len(weight), *x.shape[:-2], -1)
     else:
