@@ -202,5 +202,5 @@ def _print_report(report: dict[str, Any]) -> None:
         f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s read"
     )
     if has_peer:
-        console.print(f"same weights: the largest logit differs by {report['peer_logit_difference']:.1e}")
+        console.print(f"same weights, same experts: the largest logit differs by {report['peer_logit_difference']:.1e}")
     console.print("  ".join(f"{package} {version}" for package, version in report["versions"].items()), style="dim")

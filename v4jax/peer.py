@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from v4jax.checkpoint.names import Section, Spelling, section_parameters, sections, stored_tensors
 from v4jax.checkpoint.reader import Checkpoint
+from v4jax.compilation import jit
 from v4jax.config import ModelConfig
 from v4jax.cost import Run, Workload
 from v4jax.errors import UserError
+from v4jax.model.inputs import Choices
 from v4jax.model.transformer import Transformer
 from v4jax.train.recipes import TrainOptions
 
@@ -40,11 +44,19 @@ class Transformers:
         return self._torch.from_numpy(work.draw(self.config.vocab_size)).long().to(self.module.device)
 
     def logit_difference(self, model: Transformer) -> float:
-        """The largest difference of any logit from ours, on one prompt: whether both sides do the same work."""
+        """The largest difference of any logit from ours, on one prompt: whether both sides do the same work.
+
+        Ours takes the experts that the peer has chosen: where two are nearly tied, rounding decides.
+        """
         tokens = Workload("prefill", 1, 256).draw(self.config.vocab_size)
+        chosen: list[np.ndarray] = []
+        hooks = [_on_routing(layer, chosen.append) for layer in self.module.model.layers]
         with self._torch.inference_mode():
             theirs = self.module(self._torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
-        return float(np.abs(np.asarray(model(tokens)) - theirs).max())
+        for hook in hooks:
+            hook.remove()
+        replay = tuple(Choices(jnp.asarray(experts.reshape(*tokens.shape, -1))) for experts in chosen)
+        return float(np.abs(np.asarray(_replayed_logits(model.unstack(), tokens, replay)) - theirs).max())
 
     def prefill(self, work: Workload) -> Run:
         """A forward pass into a new cache, logits of the last position."""
@@ -101,6 +113,16 @@ class Transformers:
     def _next_token(self, tokens: Any, cache: Any) -> Any:
         logits = self.module(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
+
+
+@jit
+def _replayed_logits(model: Transformer, tokens: jax.Array, replay: tuple[Choices, ...]) -> jax.Array:
+    return model.logits(model.hidden(tokens, replay=replay).hidden)
+
+
+def _on_routing(layer: Any, take: Callable[[np.ndarray], None]) -> Any:
+    """Gives `take` the experts [tokens, K] of each call of a layer's router, until the returned hook is removed."""
+    return layer.mlp.gate.register_forward_hook(lambda _, __, output: take(output[2].numpy()))
 
 
 def _copy_weights(
@@ -178,13 +200,10 @@ class StreamedPeer:
             self.layers.append(PeerLayer(streams.numpy(), experts))
             layer.to("meta")
 
-        def routed(_: Any, __: Any, output: Any) -> None:
-            chosen.append(output[2].numpy())
-
         for layer in layers:
             layer.register_forward_pre_hook(before)
             layer.register_forward_hook(after)
-            layer.mlp.gate.register_forward_hook(routed)
+            _on_routing(layer, chosen.append)
         load(model, "top", "")
         with torch.inference_mode():
             self.logits: np.ndarray = model(torch.from_numpy(tokens).long()).logits.float().numpy()
