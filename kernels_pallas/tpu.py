@@ -71,19 +71,16 @@ class Chip:
     mxu_flops_fp8: int
     mxu_depth: int
     """Contraction depth that fills the matrix unit: a shallower product wastes the rest."""
-    hbm_bytes: int
     hbm_bytes_per_cycle: int
-    clock_hz: float
-    devices_per_chip: int = 1
 
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2", 128 * _MIB, 131072, 131072, 128, 16 << 30, 546, 1.5e9),
-        Chip("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1", 64 * _MIB, 262144, 262144, 128, 95 << 30, 1580, 1.75e9),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2", 128 * _MIB, 524288, 524288, 256, 32 << 30, 937, 1.75e9),
-        Chip("tpu7x", ("TPU7x", "TPU v7x"), "tpu7x:2x2x1", 64 * _MIB, 524288, 1048576, 256, 95 << 30, 1677, 2.2e9, 2),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2", 128 * _MIB, 131072, 131072, 128, 546),
+        Chip("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1", 64 * _MIB, 262144, 262144, 128, 1580),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2", 128 * _MIB, 524288, 524288, 256, 937),
+        Chip("tpu7x", ("TPU7x", "TPU v7x"), "tpu7x:2x2x1", 64 * _MIB, 524288, 1048576, 256, 1677),
     )
 }
 _INTERPRETED = "v5p"

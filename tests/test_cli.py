@@ -16,7 +16,10 @@ from v4jax.errors import UsageError, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Do a thing."""
+    """Do a thing.
+
+    Or another.
+    """
 
     path: tyro.conf.Positional[str]
     """Where."""
@@ -66,10 +69,13 @@ def test_an_error_is_one_message_and_an_exit_code(verb, capfd, error, code, mess
     assert capfd.readouterr().err.endswith(message)
 
 
-def test_debug_shows_the_traceback(verb):
+@pytest.mark.parametrize(
+    "arguments", [["thing", "here", "--debug"], ["thing", "--debug", "here"], ["--debug", "thing", "here"]]
+)
+def test_debug_shows_the_traceback(verb, arguments):
     verb.run = raising(UserError("bad"))
     with pytest.raises(UserError, match="bad"):
-        cli.main(["thing", "here", "--debug"])
+        cli.main(arguments)
 
 
 def test_a_defect_of_ours_is_not_hidden(verb):
@@ -92,6 +98,11 @@ def test_the_overview_lists_every_verb(capfd):
     cli.main(["--help"])
     out = capfd.readouterr().out
     assert all(f"  {name} " in out for name in cli.VERBS)
+
+
+def test_the_help_is_not_indented(verb, capfd):
+    cli.main(["thing", "--help"])
+    assert "\nDo a thing.\n\nOr another.\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", cli.VERBS)

@@ -238,6 +238,14 @@ def test_configs_key_a_cache():
     assert ModelConfig.tiny() != ModelConfig.tiny(num_attention_heads=2)
 
 
+def test_a_kind_left_over_where_the_mtp_block_was_taken_out_is_none():
+    taken_out = ModelConfig.tiny(num_nextn_predict_layers=0)
+    assert taken_out == ModelConfig.tiny().without_mtp()
+    assert not taken_out.has_dspark
+    for data in (taken_out.to_hf(), ModelConfig.tiny().to_hf() | {"num_nextn_predict_layers": 0}):
+        assert architecture(ModelConfig.from_hf(data)) == architecture(taken_out)
+
+
 def test_without_mtp_drops_the_block_and_its_ratio():
     config = ModelConfig.tiny().without_mtp()
     assert mtp_plan(config) == ()
@@ -297,6 +305,12 @@ REFUSED = {
     "end token a string": (released(eos_token_id="</s>"), "eos_token_id: got '</s>', need an integer, a list of them"),
     "end token an object": (released(eos_token_id={}), "eos_token_id: got {}"),
     "start tokens in a list": (released(bos_token_id=[0]), r"bos_token_id: got \[0\], need an integer or null"),
+    "two scalings": (
+        released(rope_parameters={"main": {}, "compress": {"rope_type": "default", "rope_theta": 160000.0}}),
+        "rope_scaling and rope_parameters.compress contradict each other; remove all but one",
+    ),
+    "hash layers negative": (released(num_hash_layers=-1), "num_hash_layers: got -1, need 0 or more"),
+    "MTP blocks negative": (released(num_nextn_predict_layers=-1), "num_nextn_predict_layers: got -1, need a positive"),
     "hash layers null": (released(num_hash_layers=None), "neither num_hash_layers nor mlp_layer_types"),
     "groups": (released(o_groups=3), "o_groups: got 3, need a divisor of num_attention_heads \\(4\\)"),
     "more picks than experts": (released(num_experts_per_tok=5), "num_experts_per_tok: got 5, need at most"),
@@ -308,6 +322,10 @@ REFUSED = {
     "rate a string": (transformers_spelling(compress_rates={CSA.value: "4"}), "got '4', need an integer"),
     "rate zero": (transformers_spelling(compress_rates={HCA.value: 0}), "compress_rate_hca: got 0"),
     "contradiction": (transformers_spelling(compress_ratios=[0, 0, 128, 4, 0]), "contradict each other"),
+    "one MTP block, two kinds": (
+        transformers_spelling(mtp_layer_types=[SLIDING.value] * 2),
+        "mtp_layer_types has 2 entries, num_nextn_predict_layers is 1",
+    ),
     "two MTP blocks, one kind": (
         transformers_spelling(num_nextn_predict_layers=2, mtp_layer_types=[SLIDING.value]),
         "mtp_layer_types has 1 entries, num_nextn_predict_layers is 2",
@@ -325,6 +343,12 @@ def test_a_null_of_the_schedule_or_the_rotary_tables_means_that_the_key_is_absen
 def test_refuses(data, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_hf(data)
+
+
+def test_refuses_a_file_of_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x90")
+    with pytest.raises(ConfigError, match=rf"need a model directory or a config.json; give {tmp_path}$"):
+        ModelConfig.from_hf(tmp_path / "model.safetensors")
 
 
 def test_refuses_a_directory_without_config(tmp_path):

@@ -86,11 +86,26 @@ def test_a_dspark_config_reports_the_head_that_is_not_used(tmp_path):
         (["tiny", "--implementation", "index_topk=pallas_v2"], 2, "got 'pallas_v2', need"),
         (["tiny", "--implementation", "topk=xla"], 2, "need op=implementation, op one of"),
         (["tiny", "--json", "/nowhere/info.json"], 1, "cannot write /nowhere/info.json: no such directory"),
+        (["tiny", "--json", "/"], 1, "--json: cannot write /: it is a directory; name a file in it"),
+        (["tiny", "--max-memory", "0"], 2, "--max-memory: got '0', need a positive size"),
     ],
 )
-def test_refuses(arguments, code, message, capfd):
+def test_refuses_before_anything_is_printed(arguments, code, message, capfd):
     assert cli.main(["info", *arguments]) == code
-    assert message in capfd.readouterr().err
+    out, error = capfd.readouterr()
+    assert message in error
+    assert not out
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_refuses_a_report_that_may_not_be_written(is_there, tmp_path, monkeypatch, capfd):
+    file = tmp_path / "info.json"
+    if is_there:
+        file.touch()
+    locked = file if is_there else tmp_path
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)  # root may write everywhere
+    assert cli.main(["info", "tiny", "--json", str(file)]) == 1
+    assert f"--json: cannot write {file}: permission denied" in capfd.readouterr().err
 
 
 def test_refuses_a_directory_whose_tensors_do_not_fit_its_config(shared, tmp_path, capfd):

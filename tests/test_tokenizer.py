@@ -127,10 +127,11 @@ def test_end_tokens_come_from_the_config_files_or_the_vocabulary(directory, conf
     assert tokenizer.bos_token_id == 0
 
 
-@pytest.mark.parametrize("ids", [0.5, "</s>", [[1]], {"id": 1}, True], ids=str)
-def test_end_tokens_that_are_no_ids_are_refused(directory, ids):
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id is .*, need an integer"):
+@pytest.mark.parametrize("ids", [0.5, "</s>", [[1]], {"id": 1}, True, -1, [1, -1]], ids=str)
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_special_tokens_that_are_no_ids_are_refused(directory, key, ids):
+    (directory / "generation_config.json").write_text(json.dumps({key: ids}))
+    with pytest.raises(TokenizerError, match=rf"generation_config\.json: {key} is .*, need an integer"):
         Tokenizer.from_directory(directory)
 
 
@@ -139,8 +140,9 @@ def test_a_directory_without_tokenizer_is_refused(tmp_path):
         Tokenizer.from_directory(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 5000], ids=["open", "deep", "digits"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
-def test_a_broken_file_is_refused(directory, name):
-    (directory / name).write_text("{")
+def test_a_broken_file_is_refused(directory, name, text):
+    (directory / name).write_text(text)
     with pytest.raises(TokenizerError, match=rf"{name} .*copy it from the checkpoint again"):
         Tokenizer.from_directory(directory)

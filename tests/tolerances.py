@@ -1,4 +1,4 @@
-"""Every numerical bound of the tests, each with its reason, and the comparisons that use them."""
+"""The bounds of whole models and of kernels, each with its reason, and the comparisons that use them."""
 
 import dataclasses
 from typing import Any
@@ -45,7 +45,7 @@ GRADIENT_FLOOR = 1e-7
 KERNEL_FLOAT32 = 2e-5
 # Error against float32 as a multiple of the bf16 reference's, the oracle rule: the largest of thousands of roundings.
 KERNEL_BFLOAT16_RATIO = 1.5
-# Logits of a whole float32 model through interpreted kernels.
+# Logits of a whole float32 model through interpreted kernels; its gradients, relative to their norm.
 KERNEL_MODEL = 5e-4
 
 # ---- training -------------------------------------------------------------------------------------------------------

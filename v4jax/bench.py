@@ -84,7 +84,7 @@ def bench_model(
     Raises:
         UserError: the peer is not installed.
     """
-    limits, rows = _Limits(), []
+    limits, rows, needs = _Limits(), [], []
     with contextlib.ExitStack() as stack:
         names = ("ours",) if against is None else ("ours", against)
         sides = {
@@ -92,12 +92,10 @@ def bench_model(
             for name in names
         }
         for work in workloads:
-            experts = sides["ours"].distinct_experts(work) if work.kind == "decode" else 0.0
+            is_decode = work.kind == "decode"
+            experts = sides["ours"].distinct_experts(work) if is_decode else 0.0
             seconds = _take_turns(sides, work, limits, repetitions)
-            if work.kind == "decode":
-                needed = work.steps * decode_bytes(config, experts) / limits.read_bytes_per_second
-            else:
-                needed = workload_flops(config, work) / limits.gemm_flops
+            needs.append(work.steps * decode_bytes(config, experts) if is_decode else workload_flops(config, work))
             peer_seconds = None if against is None else seconds[against]
             rows.append(
                 {
@@ -105,11 +103,13 @@ def bench_model(
                     "ours": work.tokens / seconds["ours"],
                     "peer": peer_seconds and work.tokens / peer_seconds,
                     "ratio": peer_seconds and peer_seconds / seconds["ours"],
-                    "share_of_limit": needed / seconds["ours"],
                     "products_alone": work.tokens / sides["ours"].products_alone(work) if products else None,
                 }
             )
         difference = None if against is None else sides[against].logit_difference
+    for row, work, need in zip(rows, workloads, needs, strict=True):  # when all samples of the limits are there
+        limit = limits.read_bytes_per_second if work.kind == "decode" else limits.gemm_flops
+        row["share_of_limit"] = need / limit * row["ours"] / work.tokens
     return {
         "limits": {"gemm_flops": limits.gemm_flops, "read_bytes_per_second": limits.read_bytes_per_second},
         "rows": rows,

@@ -37,10 +37,11 @@ class KernelOptions:
     make_environment: Path | None = None
     """Make such an environment in this folder with `python3.12 -m venv`, and use it."""
     static: bool = True
-    """Ask for static-profile cycles too; they can take minutes for a kernel with large loop bodies."""
+    """Static-profile cycles too, which can take minutes for a kernel with large loop bodies; --no-static leaves them
+    out."""
     batch: int = 1
-    """Cases per process, which saves its start; those that a dying one takes with it run again alone. Only without
-    --static, of which every case has its own share."""
+    """Cases per process, which saves its start; those that a dying one takes with it run again alone. Only with
+    --no-static: static cycles are asked for case by case."""
     seconds: int = 600
     """Limit for one compilation."""
     static_seconds: int | None = None
@@ -49,7 +50,7 @@ class KernelOptions:
     """Also write the figures to this file, after every case."""
     resume: bool = False
     """Keep what --json holds from before, of other chips and cases too, and compile only what is missing there: a case
-    without figures, or, with --static, one that was not asked for them. Figures say which versions they are of."""
+    without figures, or, unless --no-static, one not asked for static cycles. Figures say which versions they are of."""
     markdown: Path | None = None
     """Also write the table to this file, with the date and the compilers' versions."""
     picture: Path | None = None

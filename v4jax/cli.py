@@ -19,6 +19,7 @@ the resolved options, turns a `UserError` or `OSError` into one message, and ret
 
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -101,11 +102,12 @@ def _run_verb(name: str, arguments: list[str]) -> int:
     import tyro
 
     module = importlib.import_module(VERBS[name].module)
+    text = module.Options.__doc__ if isinstance(module.Options, type) else None
     try:
         options = tyro.cli(
             module.Options,
             prog=f"v4jax {name}",
-            description=(module.Options.__doc__ if isinstance(module.Options, type) else None) or VERBS[name].summary,
+            description=inspect.cleandoc(text or VERBS[name].summary),
             args=fill_bare_flags(arguments, _BARE_FLAGS),
             config=(tyro.conf.FlagCreatePairsOff,),
         )

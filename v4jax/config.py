@@ -19,6 +19,10 @@ class ConfigError(UserError):
     """A configuration that no V4 model can have; the message names the field, the value and the remedy."""
 
 
+DSPARK_STAGES = 3
+"""Layers of a DSpark head, where `num_nextn_predict_layers` stays 1 (architecture.md §19.1)."""
+
+
 class AttentionKind(enum.StrEnum):
     """What a query sees besides its sliding window (architecture.md §1.2, §5)."""
 
@@ -120,6 +124,8 @@ class ModelConfig:
     """JSON object of the `config.json` keys that do not shape the model, kept so that `to_hf` loses nothing."""
 
     def __post_init__(self) -> None:
+        if self.num_nextn_predict_layers == 0 and len(self.mtp_layer_types) == 1 and not self.has_dspark:
+            object.__setattr__(self, "mtp_layer_types", ())  # left over where the MTP block was taken out
         _validate(self)
 
     # ---- derived --------------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ class ModelConfig:
     def has_dspark(self) -> bool:
         """Whether the checkpoint carries the DSpark speculative head in place of MTP (architecture.md §19.1)."""
         return any(key.startswith("dspark") for key in self.extra_fields) or (
-            len(self.mtp_layer_types) > self.num_nextn_predict_layers
+            self.num_nextn_predict_layers == 1 and len(self.mtp_layer_types) == DSPARK_STAGES
         )
 
     @property
@@ -379,9 +385,10 @@ def _validate(config: ModelConfig) -> None:
             raise ConfigError(
                 f"{name} has {len(length)} entries, num_hidden_layers is {config.num_hidden_layers}; give one per layer"
             )
-    if len(config.mtp_layer_types) < config.num_nextn_predict_layers:
+    blocks = len(config.mtp_layer_types)
+    if blocks != config.num_nextn_predict_layers and not (config.has_dspark and blocks == DSPARK_STAGES):
         raise ConfigError(
-            f"mtp_layer_types has {len(config.mtp_layer_types)} entries, num_nextn_predict_layers is "
+            f"mtp_layer_types has {blocks} entries, num_nextn_predict_layers is "
             f"{config.num_nextn_predict_layers}; give one per MTP block"
         )
     if config.qk_rope_head_dim > min(config.head_dim, config.index_head_dim) or config.qk_rope_head_dim % 2:

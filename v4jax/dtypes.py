@@ -1,4 +1,4 @@
-"""Which arithmetic runs in which dtype: one policy, with every float32 island of the official model by name."""
+"""Which arithmetic runs in which dtype: one policy, and what stays float32 in all of them, as in the official model."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,5 +1,6 @@
 """The errors that a user can cause. The command line prints their message alone; the traceback needs `--debug`."""
 
+import os
 from pathlib import Path
 
 
@@ -12,6 +13,20 @@ class UsageError(UserError):
 
 
 def check_json_place(json: Path | None) -> None:
-    """Refuses a `--json` in a directory that is not there: called before the work, which would otherwise be lost."""
-    if json is not None and not json.parent.is_dir():
-        raise UserError(f"--json: cannot write {json}: no such directory; make it first")
+    """Refuses a `--json` that cannot be written: called before the work, which would otherwise be lost."""
+    if json is not None:
+        check_place("--json", json)
+
+
+def check_place(flag: str, file: Path) -> None:
+    """Refuses a file to write that is a directory, in a directory that is not there, or not this user's to write.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    if file.is_dir():
+        raise UserError(f"{flag}: cannot write {file}: it is a directory; name a file in it")
+    if not file.parent.is_dir():
+        raise UserError(f"{flag}: cannot write {file}: no such directory; make it first")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{flag}: cannot write {file}: permission denied; name another place")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from v4jax.config import AttentionKind, ConfigError, ModelConfig, RopeScaling, RouterKind
+from v4jax.config import DSPARK_STAGES, AttentionKind, ConfigError, ModelConfig, RopeScaling, RouterKind
 
 _RATIO_TO_KIND = {0: AttentionKind.SLIDING, 4: AttentionKind.CSA, 128: AttentionKind.HCA}
 _CSA_FALLBACK, _HCA_FALLBACK = 4, 128
@@ -119,6 +119,8 @@ def _load_json(source: "str | Path | Mapping[str, Any]") -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"no config.json at {path}; give a model directory or a config.json")
+    if path.suffix == ".safetensors":
+        raise ConfigError(f"{path}: is a file of weights, need a model directory or a config.json; give {path.parent}")
     try:
         return _parse(path.read_bytes(), path)
     except OSError as error:
@@ -186,6 +188,8 @@ def _check_types(fields: dict[str, Any]) -> None:
             raise ConfigError(f"{key}: got {value!r}, need {'a number' if key in _FLOATS else 'an integer'}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}: got {value!r}, need a finite number")
+        if value < 0:
+            raise ConfigError(f"{key}: got {value}, need a positive number, or 0 where that is allowed")
         if value > _LARGEST.get(key, value):
             raise ConfigError(f"{key}: got {value}, need at most {_LARGEST[key]}")
 
@@ -231,6 +235,8 @@ def _read_schedule(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, An
         if len(routers) != layers:
             raise ConfigError(f"mlp_layer_types has {len(routers)} entries, num_hidden_layers is {layers}")
     elif "num_hash_layers" in data:
+        if data["num_hash_layers"] < 0:
+            raise ConfigError(f"num_hash_layers: got {data['num_hash_layers']}, need 0 or more")
         hashed = min(int(data["num_hash_layers"]), layers)
         routers = (RouterKind.HASH,) * hashed + (RouterKind.TOPK,) * (layers - hashed)
     else:
@@ -256,8 +262,8 @@ def _split_ratios(data: dict[str, Any], layers: int, nextn: int) -> tuple[tuple[
     ratios = data["compress_ratios"]
     is_dspark = any(key.startswith("dspark") for key in data)
     extra = len(ratios) - layers
-    # A DSpark head has three stages while num_nextn_predict_layers stays 1 (architecture.md §19.1).
-    if extra != nextn and not (extra == 3 and (is_dspark or nextn == 1)):
+    # Where the MTP block was taken out its ratio may be left.
+    if extra != nextn and not (extra == DSPARK_STAGES and (is_dspark or nextn == 1)) and (nextn, extra) != (0, 1):
         raise ConfigError(
             f"compress_ratios has {len(ratios)} entries, num_hidden_layers + num_nextn_predict_layers is "
             f"{layers + nextn}; give one ratio per layer, then one per MTP block"
@@ -285,7 +291,6 @@ def _mtp_from_ratios(
 def _read_rope(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     parameters = data.get("rope_parameters") or {}
     main, compress = parameters.get("main"), parameters.get("compress")
-    scaling = compress if isinstance(compress, dict) else data.get("rope_scaling") or parameters
     theta = (main or {}).get("rope_theta", data.get("rope_theta", 10000.0))
     compress_theta = (compress or {}).get("rope_theta", data.get("compress_rope_theta", 160000.0))
     for name, value in (("rope_theta", theta), ("compress_rope_theta", compress_theta)):
@@ -306,8 +311,22 @@ def _read_rope(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         rope_theta=float(theta),
         compress_rope_theta=float(compress_theta),
         qk_rope_head_dim=int(rope_dim),
-        rope_scaling=_read_scaling(scaling),
+        rope_scaling=_agreed_scaling(
+            {
+                "rope_scaling": data.get("rope_scaling"),
+                "rope_parameters.compress": compress,
+                "rope_parameters": parameters,
+            }
+        ),
     )
+
+
+def _agreed_scaling(given: dict[str, dict[str, Any] | None]) -> RopeScaling | None:
+    """What all places say that name a type."""
+    found = {place: _read_scaling(one) for place, one in given.items() if one and {"rope_type", "type"} & one.keys()}
+    if len(set(found.values())) > 1:
+        raise ConfigError(f"{' and '.join(found)} contradict each other; remove all but one")
+    return next(iter(found.values()), None)
 
 
 def _read_scaling(scaling: dict[str, Any]) -> RopeScaling | None:

@@ -174,6 +174,7 @@ def resolve_implementations(choices: Iterable[str] = ()) -> dict[str, dict[str, 
 def run(options: Options) -> None:
     """Prints the description, and writes it as JSON if asked."""
     check_json_place(options.json)
+    max_memory = parse_size(options.max_memory, "--max-memory")
     implementations = resolve_implementations(options.implementation)
     description = describe(options.path)
     if options.json is not None:
@@ -184,7 +185,7 @@ def run(options: Options) -> None:
         console.print(f"[bold]{title}[/bold]")
         console.print(table)
         console.print()
-    over = _orbax_note(description.config, parse_size(options.max_memory, "--max-memory"))
+    over = _orbax_note(description.config, max_memory)
     for note in (*description.notes, *over, *_missing_kernels(implementations)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 

@@ -41,6 +41,8 @@ def load(
         weights: "bf16" dequantises what is stored in FP8 or FP4 into the parameters' dtype; "native" keeps the stored
             bytes in device memory and dequantises inside the step, with the same results.
         stacked: whether segments are stacked for `lax.scan`, or every layer has its own arrays. None: stacked on TPU.
+        mesh: devices to divide the model over: a mesh, or axes and sizes such as "expert=4,tensor=2"; None: one device.
+        recipe: what is divided along which axes (`sharding.RULES`).
 
     Returns:
         A model ready to be called: `model(tokens) -> logits`, `model.mtp_logits(tokens)`.

@@ -1,12 +1,11 @@
 """The verb `logits`: logits of given tokens, at once, in chunks through the decode cache, or one layer at a time."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -49,7 +48,7 @@ class Options:
     """Hold one layer at a time, for models larger than memory."""
     mesh: str | None = None
     """Devices to divide the model over, such as data=2,expert=4; chosen from their number if not given."""
-    implementation: tuple[str, ...] = ()
+    implementation: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """op=pallas|xla|reference, to force an implementation."""
 
 
@@ -86,8 +85,9 @@ def read_tokens(file: Path, vocab_size: int, context: int) -> np.ndarray:
         tokens = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"--tokens: no file {file}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"--tokens: {file} is not a readable .npy file ({error}); write it with numpy.save") from None
+    except Exception as error:  # a damaged header makes NumPy raise whatever its parser and the memory do
+        reason = str(error) or type(error).__name__
+        raise UserError(f"--tokens: {file} is not a readable .npy file ({reason}); write it with numpy.save") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         found = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive"
         raise UserError(f"--tokens: {file} holds {found}, need integers of shape [batch, sequence]")
@@ -167,22 +167,13 @@ def check_writable(out: Path) -> None:
 
 def write_atomically(out: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz beside its place and moves it there, so that no half-written file carries the name."""
-    with _temporary_beside(out) as temporary:
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            temporary.replace(out)
-        except OSError as error:
-            raise UserError(
-                f"--out: cannot write {out} ({error.strerror}); free some space or choose another"
-            ) from None
-
-
-@contextlib.contextmanager
-def _temporary_beside(out: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    os.close(handle)
+    # Not one of tempfile's, which are for their owner alone whatever the umask.
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        yield Path(name)
+        with open(temporary, "xb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out} ({error.strerror}); free some space or choose another") from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -151,7 +151,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also too many digits, too deep nesting
         raise TokenizerError(f"{file} is not valid JSON ({error}); copy it from the checkpoint again") from None
     return data if isinstance(data, dict) else {}
 
@@ -160,6 +160,6 @@ def _token_ids(file: Path, config: dict[str, Any], key: str) -> list[int]:
     """One id, several or none."""
     found = config.get(key)
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(one) is int for one in ids):
-        raise TokenizerError(f"{file}: {key} is {found!r}, need an integer, a list of them or null; correct it")
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise TokenizerError(f"{file}: {key} is {found!r}, need an integer from 0, a list of them or null; correct it")
     return ids

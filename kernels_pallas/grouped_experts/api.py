@@ -34,7 +34,8 @@ def grouped_experts(
       expected_picks: (token, expert) pairs with an expert of these, under an even load; all of them if None. Sets the
         size of blocks, never the result.
       implementation: None (the platform's default), "pallas" (TPU: many rows of plain bfloat16 matrices in grouped
-        products, the rest as "xla"), "xla" (sorted blocks, work ∝ T·K) or "reference" (every expert over every token).
+        products, few rows through FP4 stacks on v5p in a kernel, the rest as "xla"), "xla" (sorted blocks, work ∝ T·K)
+        or "reference" (every expert over every token).
 
     Returns:
       [T, D] float32. Differentiable in x, the matrices and the weights if the matrices are arrays.

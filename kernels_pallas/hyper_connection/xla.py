@@ -66,4 +66,3 @@ weighted_sum.defvjp(lambda *given: (weighted_sum(*given), given), _weighted_sum_
 
 seam = functools.partial(reference.seam, mix=write, collapse=weighted_sum)
 leave = functools.partial(reference.leave, mix=write, collapse=weighted_sum)
-flat_write = functools.partial(reference.flat_write, mix=write)

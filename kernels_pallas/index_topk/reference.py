@@ -51,12 +51,6 @@ def pack_mask(selection: Int[Array, "*T K"], count: int) -> Int[Array, "*T W"]:
     return packed.reshape(*selection.shape[:-1], words)
 
 
-def unpack_mask(mask: Int[Array, "*T W"], count: int) -> Bool[Array, "*T P"]:
-    """Whether each of `count` entries is selected, from the words of `pack_mask`."""
-    bits = (mask[..., None] >> jnp.arange(_WORD, dtype=jnp.int32)) & 1
-    return bits.reshape(*mask.shape[:-1], -1)[..., :count] != 0
-
-
 def index_topk(
     q: Float[Array, "B S N H"],
     weights: Float[Array, "B S N"],

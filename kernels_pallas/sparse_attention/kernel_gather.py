@@ -1,6 +1,6 @@
 """Forward kernel over unions: window, the entries that neighbouring queries chose, and the sink in one softmax.
 
-Grid (batch, tile of queries). A tile's rows are its queries × heads, about 1024. Its union comes in blocks of members,
+Grid (batch, tile of queries). A tile's rows are its queries × heads, about 2048. Its union comes in blocks of members,
 one copy per row of an entry, HBM → VMEM, from a list in SMEM. While a block is multiplied the rows of the next one come
 in, those of the next tile's first block after a tile's last: a block is unpacked into keys first, so that one buffer
 serves and every address in VMEM is a constant. The first block goes with the window, further ones rescale what is

@@ -131,13 +131,14 @@ def sparse_attention(
     size = 0 if entries is None else entries.shape[1]
     is_gathered = selection is not None and size > GATHER_FROM * selection.shape[-1]
     # Queries that are looked at together: what they touch, scores or gathered rows, stays within bounds.
-    touched = heads * size
+    touched = heads * max(size, block)
     if is_gathered:
         assert selection is not None
-        touched = selection.shape[-1] * dim
+        touched = max(selection.shape[-1] * dim, heads * block)
     inner = block // _PARTS
-    while inner > 8 and inner % 2 == 0 and batch * inner * touched > _ELEMENTS:
+    while inner > 8 and inner % 2 == 0 and (batch * inner * touched > _ELEMENTS or inner >= 2 * length):
         inner //= 2
+    queries = min(block, cdiv(length, inner) * inner)  # that are looked at, of each block
 
     def blocks_of(x: jax.Array, fill: int = 0) -> jax.Array:
         widths = [(0, 0), (0, count * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
@@ -151,8 +152,8 @@ def sparse_attention(
     first_segment = jnp.pad(key_segment[:, :window], lead, constant_values=-1)[None]
     before = jnp.concatenate([first, own[:-1]])
     before_segment = jnp.concatenate([first_segment, own_segment[:-1]])
-    distance = block + jnp.arange(block)[:, None] - jnp.arange(2 * block)[None, :]
-    band = (distance >= 0) & (distance < window)
+    distance = block + jnp.arange(inner)[:, None] - jnp.arange(block + inner)[None, :]
+    band = (distance >= 0) & (distance < window)  # the same for every part: its keys begin where its queries do
 
     def attend_to(
         near: jax.Array, near_mask: jax.Array, q: jax.Array, position: jax.Array, segment: jax.Array, *chosen: jax.Array
@@ -180,11 +181,11 @@ def sparse_attention(
         near = jnp.concatenate([key_a, key_b], axis=1)
         near_segment = jnp.concatenate([segment_a, segment_b], axis=1)
         parts = []
-        for i in range(0, block, inner):
+        for i in range(0, queries, inner):
             # The keys that the windows of these queries touch: `block` before the first of them, to the last.
             touched, rows = slice(i, i + block + inner), slice(i, i + inner)
             per_query = (x[:, rows] for x in (q_block, position, segment, *chosen))
-            mask = band[rows, touched] & (near_segment[:, None, touched] == segment[:, rows, None])
+            mask = band & (near_segment[:, None, touched] == segment[:, rows, None])
             parts.append(attend_to(near[:, touched], mask, *per_query))
         return jnp.concatenate(parts, axis=1)
 
@@ -194,7 +195,7 @@ def sparse_attention(
     elif selection_mask is not None:
         inputs = (*inputs, blocks_of(selection_mask))
     out = one_block(tuple(x[0] for x in inputs))[None] if count == 1 else jax.lax.map(one_block, inputs)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, heads, dim)[:, :length]
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * queries, heads, dim)[:, :length]
 
 
 def sparse_attention_decode(

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from kernels_pallas.formats import decode_fp4, decode_fp8, encode_fp4, encode_fp
 from v4jax.checkpoint.names import Section, Spelling, Storage, section_parameters, sections
 from v4jax.checkpoint.reader import Checkpoint, open_checkpoint
 from v4jax.checkpoint.tensor_file import CheckpointError
+from v4jax.checkpoint.writer import save_hf, save_model
 from v4jax.config import ModelConfig
 
 HF_SPELLINGS = [Spelling.OFFICIAL, Spelling.SAVED, Spelling.TRANSFORMERS]
@@ -103,6 +105,19 @@ def test_the_quantised_golden_is_read(shared):
     layer = checkpoint.layer(2, "bfloat16")
     assert layer["ffn.experts.w1.weight"].shape == (8, 128, 128)
     assert 0 < np.abs(layer["attn.wq_a.weight"].astype(np.float32)).max() < 448
+
+
+@pytest.mark.parametrize("save", [save_model, save_hf])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_a_saved_model_follows_the_umask(tmp_path: Path, save: Any, umask: int, mode: int):
+    config, model = plain_config(), random_model(plain_config())
+    before = os.umask(umask)
+    try:
+        save(tmp_path / "a", config, model["top"], (model["layers", n] for n in range(4)), [model["mtp", 0]])
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 # ---- MTP and DSpark -------------------------------------------------------------------------------------------------

@@ -57,9 +57,10 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     with StateStore(tmp_path / "state", keep=3) as store:
         store.save(1, state_of(1), {})
     (tmp_path / "state" / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (tmp_path / "state" / "notes.txt").write_text("somebody's")
     with StateStore(tmp_path / "state", keep=3) as store:
         assert store.latest_step() == 1
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["1"]
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["1", "notes.txt"]
 
 
 def test_rejects_a_state_of_another_model(tmp_path: Path) -> None:
@@ -150,3 +151,5 @@ def test_fingerprint_follows_contents_and_not_place_or_time(tmp_path: Path) -> N
 
     prints = [fingerprint(model(name, weights)) for name, weights in (("a", b"12"), ("b", b"12"), ("c", b"13"))]
     assert prints[0] == prints[1] != prints[2]
+    model("a/runs/one/model", b"14")
+    assert fingerprint(tmp_path / "a") == prints[0], "a run inside of the model's directory is none of its contents"

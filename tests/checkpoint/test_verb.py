@@ -107,6 +107,36 @@ def test_info_reads_urls(tmp_path, capfd):
     assert "hidden_size" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("requires aiohttp"), "fsspec cannot open it (requires aiohttp); install what it names"),
+        (ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"), "needs pyarrow, not installed; pip install"),
+    ],
+    ids=["named in the text", "named by the error"],
+)
+def test_a_package_that_a_url_needs_is_named(monkeypatch, capfd, error, message):
+    def fail(scheme: str) -> None:
+        raise error
+
+    monkeypatch.setattr(pytest.importorskip("fsspec"), "filesystem", fail)
+    assert cli.main(["info", "http://127.0.0.1:1/x"]) == 1
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["v4jax", "hf"])
+def test_info_says_how_to_go_on_with_an_interrupted_conversion(tmp_path, capfd, monkeypatch, to):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    source = write_hf_directory(tmp_path / "a", plain_config(), as_stored(plain_config()))
+    monkeypatch.setattr("v4jax.checkpoint.convert._finish", stop)
+    assert cli.main(["convert", str(source), str(tmp_path / "b"), "--to", to]) == 130
+    assert cli.main(["info", str(tmp_path / "b")]) == 1
+    assert "its conversion did not finish" in (message := capfd.readouterr().err)
+    assert "go on with `v4jax convert … --resume`, or remove the directory and convert again" in message
+
+
 # ---- progress -------------------------------------------------------------------------------------------------------
 def test_a_log_gets_a_line_now_and_then(capfd):
     seconds = 0.0

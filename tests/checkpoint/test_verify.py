@@ -129,3 +129,10 @@ def test_a_lost_mtp_block_is_said(tmp_path: Path):
     without = {name: array for name, array in as_stored(config).items() if not name.startswith("mtp.")}
     write_hf_directory(tmp_path / "b", config, without)
     assert "has no MTP block" in verified(tmp_path / "b", tmp_path / "a")[0]
+
+
+def test_tokens_with_a_damaged_header_are_refused(tmp_path: Path, capfd):
+    source = str(write_hf_directory(tmp_path / "a", plain_config(), as_stored(plain_config())))
+    (tmp_path / "tokens.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{garbage(((((((\n")
+    assert cli.main(["verify", source, "--source", source, "--tokens", str(tmp_path / "tokens.npy")]) == 1
+    assert "tokens.npy is not a readable .npy file" in capfd.readouterr().err

@@ -194,11 +194,13 @@ def test_chat_renders_a_conversation(v4jax, model_directory, monkeypatch, argume
         (["--prompt", "a", "--temperature", "nan"], 1, "temperature: got nan"),
         (["--prompt", "a", "--top-p", "0"], 1, "top_p: got 0.0"),
         (["--prompt", "a", "--seed", "-1"], 1, "seed: got -1"),
-        (["--prompt", "a", "--seed", str(2**63)], 1, f"seed: got {2**63}, need 0 or more, below 2^63"),
+        (["--prompt", "a", "--seed", str(2**32)], 1, f"seed: got {2**32}, need 0 or more, below 2^32"),
         (["--prompt", "a\udcff"], 1, "the text has '\\udcff' at character 1, need Unicode"),
         (["--prompt", "a", "--thinking"], 2, "add --chat"),
         (["--prompt", "a", "--system", "b"], 2, "add --chat"),
         (["--prompt", "a", "--beams", "2"], 2, "--beams"),
+        (["--prompt", "a", "--implementation", "no=xla", "--implementation", "index_topk=xla"], 2, "no=xla"),
+        (["--prompt", "--debug"], 2, "Missing value for argument '--prompt'"),
         ([], 2, "--prompt"),
     ],
 )
@@ -208,6 +210,25 @@ def test_bad_flags(v4jax, model_directory, arguments, code, message):
     assert message in result.err
     assert result.out == ""
     assert "Traceback" not in result.err
+
+
+def test_a_prompt_may_look_like_a_flag(generate):
+    assert generate("--prompt=--debug")
+
+
+@pytest.mark.filterwarnings("error:overflow:RuntimeWarning")
+@pytest.mark.parametrize("temperature", ["1e39", "inf"])
+def test_a_temperature_beyond_float32_is_the_highest(v4jax, model_directory, temperature):
+    arguments = ["generate", model_directory, "--prompt", "def", "--max-new-tokens", NEW, "--temperature"]
+    result, highest = v4jax(*arguments, temperature), v4jax(*arguments, "3e38")
+    assert (result.code, result.message) == (0, "")
+    assert result.out == highest.out
+
+
+def test_a_file_in_place_of_the_model_directory(v4jax, model_directory):
+    result = v4jax("generate", model_directory / "model.safetensors", "--prompt", "a")
+    assert result.code == 1
+    assert f"got a file, need a model directory; give {model_directory}" in result.message
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(v4jax, model_directory, tmp_path):

@@ -1,5 +1,6 @@
 """`v4jax logits`: the same numbers at once, in chunks and one layer at a time; and what it refuses."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import tolerances
 
 import v4jax as package
+from v4jax.logits import write_atomically
 
 LENGTH = 37
 GOLDENS = ("flash_like_f32", "flash_like_quantized")
@@ -97,6 +99,16 @@ def test_a_bare_quant_sim_is_the_simulated_quantisation_of_the_goldens(logits, s
     tolerances.assert_quant_sim_close(got["logits"], expected["logits_quant_sim"])
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_the_result_follows_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "out.npz", {"logits": np.zeros(3)})
+    finally:
+        os.umask(before)
+    assert [(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()] == [("out.npz", mode)]
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 def _array(*shape: int, fill: int = 1) -> np.ndarray:
     return np.full(shape, fill)
@@ -130,10 +142,22 @@ def test_unusable_tokens(v4jax, model_directory, tmp_path, array, message):
     _check_refused(v4jax, model_directory, tmp_path, message)
 
 
+def _npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no file"), (b"", "is not a readable .npy file"), (b"1 2 3\n", "is not a readable .npy file")],
-    ids=["missing", "empty", "text"],
+    [
+        (None, "no file"),
+        (b"", "is not a readable .npy file"),
+        (b"1 2 3\n", "is not a readable .npy file"),
+        (_npy(b"{garbage(((((((\n"), "is not a readable .npy file"),
+        (_npy(b"-" * 9000 + b"1\n"), "is not a readable .npy file (MemoryError)"),
+        (_npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (1, %d)}\n" % 10**13), "is not a readable .npy file"),
+        (_npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (1, %d)}\n" % 10**30), "is not a readable .npy file"),
+    ],
+    ids=["missing", "empty", "text", "garbage", "deep", "beyond the memory", "beyond 64 bits"],
 )
 def test_unreadable_tokens(v4jax, model_directory, tmp_path, content, message):
     if content is not None:
@@ -172,9 +196,15 @@ def test_mtp_logits_of_a_model_without_mtp(v4jax, model_without_mtp, tmp_path, a
     _check_refused(v4jax, model_without_mtp, tmp_path, "has no MTP block; leave the flag out", "--mtp", *arguments)
 
 
-def test_an_unknown_implementation(v4jax, model_directory, tmp_path):
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [(["index_topk=fast"], "got 'fast'"), (["nonsense", "sparse_attention=reference"], "nonsense")],
+    ids=["one", "the first of two"],
+)
+def test_an_unknown_implementation(v4jax, model_directory, tmp_path, choices, message):
     np.save(tmp_path / "tokens.npy", _array(1, 4))
-    _check_refused(v4jax, model_directory, tmp_path, "got 'fast'", "--implementation", "index_topk=fast", code=2)
+    flags = [part for choice in choices for part in ("--implementation", choice)]
+    _check_refused(v4jax, model_directory, tmp_path, message, *flags, code=2)
 
 
 def _check_refused(v4jax: Callable, model: Path, folder: Path, message: str, *arguments: str, code: int = 1) -> None:

@@ -33,6 +33,18 @@ def test_temperature_0_takes_the_likeliest_and_of_equals_the_first(logits):
     assert draw([logits], temperature=0)[0] == np.argmax(np.asarray(logits, np.float32))
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-12, 1e-37])
+def test_near_temperature_0_is_the_likeliest_too(temperature):
+    logits = np.random.default_rng(0).standard_normal((64, 11))
+    np.testing.assert_array_equal(draw(logits, temperature), np.argmax(logits, axis=-1))
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-39, 1e-46])
+def test_the_likeliest_stays_in_any_nucleus(top_p):
+    logits = np.random.default_rng(0).standard_normal((64, 11))
+    np.testing.assert_array_equal(draw(logits, top_p=top_p), np.argmax(logits, axis=-1))
+
+
 @settings(max_examples=20)
 @given(LOGITS, st.floats(0.05, 1.0), st.floats(0.3, 3.0))
 def test_draws_lie_in_the_nucleus(logits, top_p, temperature):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.exact_topk import block_sizes, exact_topk, kernel_bisect, pallas, reference
-from kernels_pallas.index_topk.reference import unpack_mask
+from kernels_pallas.sparse_attention.reference import unpacked_mask
 
 # Rows behind the last one are read as NaN: they only spoil themselves.
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
@@ -58,7 +58,7 @@ def test_the_reference_follows_the_definition(topk, dtype):
     scores = problem(9, 70, dtype=dtype)
     want = by_definition(np.asarray(scores, np.float32), topk)
     mask = exact_topk(scores, topk=topk, output="mask")
-    np.testing.assert_array_equal(unpack_mask(mask, 70), want)
+    np.testing.assert_array_equal(unpacked_mask(mask, 70), want)
     chosen = np.sort(exact_topk(scores, topk=topk))
     assert chosen.shape == (9, min(topk, 70))
     for row, flags in zip(chosen, want, strict=True):

@@ -68,8 +68,18 @@ CASES = {
     "packed, selection": dict(packed=True, topk=5),
     "packed, gathered": dict(packed=True, entries=60, topk=3),
     "one query": dict(queries=1),
+    "fewer queries than a part": dict(queries=11, window=80),
+    "few queries, gathered": dict(queries=9, window=130, entries=60, topk=4),
     "window beyond a block": dict(window=80, queries=100),
 }
+
+
+@pytest.mark.parametrize("window", [128, 2048])
+def test_memory_of_a_few_queries_is_that_of_their_windows(window):
+    inputs, window = problem(0, batch=1, queries=10, window=window, entries=0)
+    run = jax.jit(lambda inputs: sparse_attention(**inputs, window=window, scale=SCALE, implementation="xla"))
+    scores = 4 * inputs["q"][..., 0].size * (window + 10)
+    assert run.lower(inputs).compile().memory_analysis().temp_size_in_bytes < 8 * scores
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

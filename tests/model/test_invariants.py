@@ -85,6 +85,21 @@ def test_padded_and_packed_documents_equal_unpadded_ones(model: Transformer, ref
     assert got.expert_load.sum() == (segment_ids > 0).sum() * CONFIG.num_experts_per_tok * CONFIG.num_hidden_layers
 
 
+def test_an_id_that_returns_is_another_document(model: Transformer) -> None:
+    tokens, segment_ids, _ = _place(LAYOUTS["packed"])
+    changes = np.diff(segment_ids, axis=1, prepend=0) != 0
+    alternating = np.where(segment_ids > 0, np.cumsum(changes, axis=1) % 2 + 1, 0).astype(np.int32)
+    got, want = run(model, tokens, alternating), run(model, tokens, segment_ids)
+    np.testing.assert_array_equal(got.logits, want.logits)
+    np.testing.assert_array_equal(got.mtp_logits, want.mtp_logits)
+    for ahead in (1, 2):
+        counted, expected = (
+            next_token_labels(jnp.asarray(tokens), jnp.asarray(ids), ahead=ahead)[1]
+            for ids in (alternating, segment_ids)
+        )
+        np.testing.assert_array_equal(counted, expected)
+
+
 def test_gradients_of_packed_documents_are_those_of_separate_ones() -> None:
     # With seed 0 a hidden value of an expert lies within rounding of the SwiGLU clamp, where the derivative jumps.
     model = random_model(CONFIG, seed=1)

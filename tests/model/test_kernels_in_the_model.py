@@ -1,5 +1,5 @@
-"""The whole model with every TPU kernel forced, interpreted on the CPU: logits of a prefill and of decoding against the
-goldens, gradients against those of the plain model.
+"""The whole model with the kernels of attention, selection and hyper-connections forced, interpreted on the CPU:
+logits of a prefill and of decoding against the goldens, gradients against those of the plain model.
 
 Logits are causal, so that the goldens' first tokens stand for a shorter sequence: one that exceeds the window and has
 a complete entry of every kind of compression. Layers are stacked: each kind of them is compiled once.

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from v4jax.cli import main
-from v4jax.plan import verb
+from v4jax.plan import sweep, verb
 from v4jax.plan.compile import Compiled, Failure, compile_request
 from v4jax.plan.costs import Costs
 from v4jax.plan.report import make_plan, to_json
@@ -26,16 +26,36 @@ KEYS = {
         (["--topology", "v6e:5x5"], "v6e:5x5.*v6e:4x4"),
         (["--topology", "v6e:2x2", "--mesh", "expert=2"], "2 devices.*has 4"),
         (["--topology", "v6e:2x2", "--mesh", "tensor=4"], "tensor=4 does not divide o_groups=2"),
-        (["--topology", "v6e:2x2", "--context", "9999"], "context is 4096"),
+        (["--topology", "v6e:2x2", "--context", "9999"], "context is 4096 tokens; give a smaller --context"),
+        (["--topology", "v6e:2x2", "--json", "/"], "--json: cannot write /: it is a directory"),
+        (["--topology", "v6e:2x2", "--plot", "a.png"], "--plot: .*add --sweep"),
+        (["--topology", "v6e:2x2", "--sweep", "--plot", "a.doc"], r"--plot: got a.doc, need .*\.pdf.*\.png"),
+        (["--topology", "v6e:2x2", "--sweep", "--plot", "plot"], "--plot: got plot, need a name ending in"),
+        (["--topology", "v6e:2x2", "--sweep", "--plot", "/nowhere/a.png"], "--plot: cannot write .*no such directory"),
+        (["--topology", "v6e:2x2", "--sweep", "--implementation", "topk=xla"], "--implementation: got 'topk=xla'"),
         (["--topology", "v6e:2x2", "--batch", "0"], "--batch.*at least 1"),
     ],
 )
 def test_bad_input_is_one_clear_message(flags, message, capfd):
     defaults = [] if "--context" in flags else ["--context", "1024"]
     assert main(["plan", "tiny", "--step", "decode", "--weights", "bf16", *defaults, *flags]) in (1, 2)
-    error = capfd.readouterr().err
+    out, error = capfd.readouterr()
     assert re.search(message, error)
     assert "Traceback" not in error
+    assert not out
+
+
+@pytest.mark.parametrize(("model", "context"), [("tiny", 4096), ("flash", 8192)])
+def test_the_context_is_8192_or_the_model_s_where_that_is_less(model, context):
+    assert request(model=model, context=None).context == context
+
+
+def test_a_model_below_all_contexts_is_swept_at_its_own_and_plotted(tmp_path, capfd):
+    picture = tmp_path / "sweep.svg"
+    flags = ["--topology", "v6e:2x2", "--step", "decode", "--sweep", "--weights", "bf16", "--plot", str(picture)]
+    assert main(["plan", "tiny", *flags]) == 0
+    assert len(re.findall(r"^\s*4,096\s", capfd.readouterr().out, re.MULTILINE)) == len(sweep.BATCHES)
+    assert "<svg" in picture.read_text()
 
 
 @pytest.mark.slow

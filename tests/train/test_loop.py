@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,29 @@ def test_a_run_that_could_not_begin_leaves_nothing_behind(
     with pytest.raises(UserError, match="matches no parameter and no role"):
         loop.finetune(model, str(texts), out, dataclasses.replace(SETTINGS, freeze=("nonsense",)))
     assert [path.name for path in tmp_path.rglob("*")] == (["run"] if is_there else [])
+
+
+def test_a_run_interrupted_before_it_began_leaves_nothing_behind(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "take_apart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.finetune(model, str(texts), tmp_path / "run", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("progress", ["{}", "[1]"])
+def test_rejects_a_state_with_a_damaged_place_in_the_data(
+    finished: Path, model: Path, texts: Path, tmp_path: Path, progress: str
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    newest = max((out / "state").iterdir(), key=lambda path: int(path.name))
+    (newest / "progress" / "metadata").write_text(progress)
+    with pytest.raises(UserError, match=f"{newest.name}: cannot be restored .*remove this state"):
+        loop.finetune(model, str(texts), out, SETTINGS)
 
 
 def test_going_on_with_a_run_in_vain_leaves_it_as_it_is(finished: Path, model: Path, tmp_path: Path) -> None:

@@ -49,6 +49,14 @@ def test_blocked_loss_is_the_plain_loss(case: dict[str, jax.Array], positions: i
     assert found.correct == jnp.sum(case["mask"] & (highest == case["labels"]))
 
 
+def test_no_position_at_all_is_a_loss_of_nothing(case: dict[str, jax.Array]) -> None:
+    """What an MTP block has of rows of one token."""
+    none = case | {name: case[name][:, :0] for name in ("hidden", "labels", "mask")}
+    found, gradient = jax.value_and_grad(lambda hidden: token_loss(**none | {"hidden": hidden}).loss)(none["hidden"])
+    assert found == 0
+    assert gradient.shape == (B, 0, D)
+
+
 @pytest.mark.parametrize("positions", [1, 5, 36, 1000])
 def test_blocked_gradients_are_the_plain_gradients(case: dict[str, jax.Array], positions: int) -> None:
     def blocked(hidden: jax.Array, head: jax.Array) -> jax.Array:

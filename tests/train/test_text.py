@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from train.tiny_run import run_config, write_model
 
 from v4jax.errors import UserError
-from v4jax.train.text import Corpus, Split, TextSource, split_documents, tokenise
+from v4jax.train.text import Corpus, Split, TextSource, load_corpora, split_documents, tokenise
 
 BOS, EOS = 256, 257
+DEEP, DIGITS = "[" * 100_000, '{"text": ' + "1" * 5000 + "}"
+"""JSON on which Python's parser gives up in ways of its own."""
 
 
 def encode_bytes(texts: list[str]) -> list[list[int]]:
@@ -95,18 +98,40 @@ def test_token_files_are_made_once_and_again_after_an_interruption(folder: Path,
     assert documents(corpora(folder, out)["train"]) == first
 
 
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 64
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b"\x93NUMPY",
+    "open header": npy("{'descr': '<u4', 'fortran_order': False, 'shape': (3,"),
+    "huge": npy(f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({1 << 56},)}}"),
+    "scalar": npy("{'descr': '<u4', 'fortran_order': False, 'shape': ()}"),
+    "archive": b"PK\x03\x04",
+}
+
+
 @pytest.mark.parametrize("name", ["train.npy", "held_out.offsets.npy"])
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None], ids=["empty", "cut", "missing"])
+@pytest.mark.parametrize("content", [*DAMAGED.values(), None], ids=[*DAMAGED, "missing"])
 def test_rejects_damaged_token_files(folder: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
     corpora(folder, tmp_path / "data")
     (tmp_path / "data" / name).unlink()
     if content is not None:
         (tmp_path / "data" / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"npy is not the file that data.json describes; remove"):
+    with pytest.raises(UserError, match=rf"data: {name}: not what data.json describes; remove the .*data, and"):
         corpora(folder, tmp_path / "data")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_all_damaged_token_files_of_a_split_are_named(folder: Path, tmp_path: Path) -> None:
+    corpora(folder, tmp_path / "data")
+    for name in ("train.npy", "train.offsets.npy"):
+        (tmp_path / "data" / name).unlink()
+    with pytest.raises(UserError, match=r"train\.npy and train\.offsets\.npy: not what .* same command makes it anew"):
+        corpora(folder, tmp_path / "data")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", DEEP, DIGITS], ids=["open", "list", "empty", "deep", "digits"])
 def test_a_damaged_summary_makes_the_token_files_again(folder: Path, tmp_path: Path, text: str) -> None:
     want = corpora(folder, tmp_path / "data")
     (tmp_path / "data" / "data.json").write_text(text)
@@ -144,7 +169,7 @@ def test_rejects_ids_beyond_the_vocabulary(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out" / "data.json").exists()
 
 
-@pytest.mark.parametrize("line", ["no json", '{"txt": 1}', '{"text": 1}', '"text"'], ids=str)
+@pytest.mark.parametrize("line", ["no json", '{"txt": 1}', '{"text": 1}', '"text"', DEEP, DIGITS], ids=lambda x: x[:12])
 def test_rejects_a_jsonl_line_without_text(tmp_path: Path, line: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "fine"}\n' + line + "\n")
@@ -158,10 +183,17 @@ def test_rejects_half_of_a_surrogate_pair(tmp_path: Path) -> None:
         list(TextSource(str(tmp_path)).documents())
 
 
-def test_rejects_a_file_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8"):
+@pytest.mark.parametrize("before", [b"", b"a line\n" * 400_000, b"\xef\xbb\xbf"], ids=["short", "long", "marked"])
+def test_rejects_a_file_that_is_not_utf8(tmp_path: Path, before: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(before + "naïve".encode("latin-1") + b"\n" * 5000)
+    with pytest.raises(UserError, match=rf"a\.txt: not UTF-8 \(.* at byte {len(before) + 2}\)"):
         list(TextSource(str(tmp_path)).documents())
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "first"), ("a.jsonl", '{"text": "first"}\n')])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert list(TextSource(str(tmp_path)).documents()) == ["first"]
 
 
 @pytest.mark.parametrize("data", ["no/such/place", "no/*.such"])
@@ -174,3 +206,18 @@ def test_rejects_a_single_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one short line")
     with pytest.raises(UserError, match="got 1 different documents, need at least 2"):
         corpora(tmp_path / "a.txt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 1])
+def test_rejects_files_without_a_document(tmp_path: Path, fraction: float) -> None:
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"--data: no text in .*a\.txt; need at least one document"):
+        corpora(tmp_path / "a.txt", tmp_path / "out", fraction=fraction)
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_a_special_token_beyond_the_vocabulary_is_named(folder: Path, tmp_path: Path, key: str) -> None:
+    model = write_model(tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({key: 999}))
+    with pytest.raises(UserError, match=rf"{key} of generation_config\.json .* is 999, the model's vocab_size is 258"):
+        load_corpora(model, run_config(), str(folder), tmp_path / "out", 0.3)

@@ -274,12 +274,12 @@ class _Raw(Content):
         return self._reader.read(self._info.file, self._info.offset + start, stop - start)
 
 
-def plan_carried(job: Job) -> list[TensorInfo]:
+def plan_carried(job: Job) -> tuple[TensorInfo, ...]:
     """The tensors that are neither read nor changed: DSpark's. A base's, if the source lost its own."""
     holder = job.source
     if not holder.ignored and job.base is not None and holder.config.has_dspark:
         holder = job.base
-    return [holder.inventory[name] for name in holder.ignored]
+    return holder.carried
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------

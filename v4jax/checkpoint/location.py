@@ -50,8 +50,11 @@ class RemotePath:
 
             self._fs: Any = fsspec.filesystem(scheme)
         except ImportError as error:
-            package = _EXTRAS.get(scheme) or error.name or f"what fsspec uses for {scheme} ({error})"
-            raise CheckpointError(f"{url}: needs {package}, not installed; pip install 'v4jax[remote]'") from None
+            package = _EXTRAS.get(scheme) or error.name
+            if package is None:
+                raise CheckpointError(f"{url}: fsspec cannot open it ({error}); install what it names") from None
+            wanted = "'v4jax[remote]'" if package in ("fsspec", "gcsfs") else package
+            raise CheckpointError(f"{url}: needs {package}, not installed; pip install {wanted}") from None
         except ValueError as error:
             raise CheckpointError(f"{url}: {error}; give a local path or a URL such as gs://bucket/model") from None
 

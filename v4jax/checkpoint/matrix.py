@@ -55,11 +55,6 @@ class Matrix:
         return -(-self.columns // self.tile[1])
 
     @property
-    def scale_rows(self) -> int:
-        """Rows of the scale."""
-        return -(-(self.skipped_rows + self.rows) // self.tile[0])
-
-    @property
     def scale_row_bytes(self) -> int:
         """Of the scale; 0 without one."""
         return 0 if self.scale is None else self._bytes_of_row(self.scale, self.scale_columns)

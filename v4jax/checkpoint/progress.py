@@ -14,12 +14,9 @@ from v4jax.checkpoint.layout import Job, PlannedFile
 from v4jax.checkpoint.location import Location, write_json, writing
 from v4jax.checkpoint.names import section_name, sections
 from v4jax.checkpoint.reader import MANIFEST, Checkpoint
-from v4jax.checkpoint.tensor_file import CheckpointError
+from v4jax.checkpoint.tensor_file import UNFINISHED, CheckpointError
 from v4jax.checkpoint.transfer import Record, checksum
 from v4jax.checkpoint.writer import Progress, prepare_destination
-
-UNFINISHED = "conversion.unfinished.json"
-"""The record in a Hugging Face directory."""
 
 
 class Conversion:

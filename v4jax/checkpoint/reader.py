@@ -29,6 +29,7 @@ from v4jax.checkpoint.names import (
     stored_tensors,
 )
 from v4jax.checkpoint.tensor_file import (
+    RESUME,
     CheckpointError,
     TensorInfo,
     check_link,
@@ -366,10 +367,9 @@ def read_manifest(directory: Any) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); convert again") from None
     if not isinstance(manifest, dict) or manifest.get("status") != "complete":
-        raise CheckpointError(
-            f"{directory}: its conversion did not finish ({MANIFEST} does not say so); "
-            "remove the directory and convert again"
-        )
+        # Without a record there is nothing to go on from.
+        remedy = RESUME if manifest else "remove the directory and convert again"
+        raise CheckpointError(f"{directory}: its conversion did not finish ({MANIFEST} does not say so); {remedy}")
     files = manifest.get("files")
     is_valid = isinstance(files, dict) and all(
         isinstance(record, dict) and isinstance(record.get("bytes"), int) for record in files.values()

@@ -60,10 +60,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def left_as_found_on_error(self) -> Iterator[None]:
-        """Where a `UserError` ends a run that was only now begun, nothing of it stays: it will be begun otherwise."""
+        """Where a run ends that was only now begun, nothing of it stays: it will be begun otherwise."""
         try:
             yield
-        except UserError:
+        except BaseException:
             if self._is_new:
                 (self.path / _MARKER).unlink()
                 shutil.rmtree(self.path / DATA, ignore_errors=True)
@@ -103,7 +103,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def fingerprint(model: Path) -> str:
     """Stands for the contents of a model directory: of each JSON and weight file the size, head, middle and tail."""
     digest = hashlib.sha256()
-    files = [model] if model.is_file() else sorted(model.rglob("*.safetensors"))
+    folders = (model, model / "layers", model / "mtp")  # not a run inside of the model's directory
+    files = [model] if model.is_file() else sorted(path for one in folders for path in one.glob("*.safetensors"))
     for path in [*sorted(model.glob("*.json")), *files]:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(model)} {size}\n".encode())
@@ -176,12 +177,18 @@ class StateStore:
             # Of an array's damaged file orbax makes a bare Exception; what is none of these is not the state's fault.
             if type(error) is not Exception and not isinstance(error, ValueError | KeyError | FileNotFoundError):
                 raise
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(
-                f"{self._manager.directory / str(step)}: cannot be restored ({reason}); "
-                "remove this state to go on from the one before it"
-            ) from error
+            raise self.damaged(step, error) from error
+        if not isinstance(restored["progress"], dict):
+            raise self.damaged(step, TypeError("its progress is not a JSON object"))
         return restored["state"], restored["progress"]
+
+    def damaged(self, step: int, error: Exception) -> UserError:
+        """What to raise where a state turns out not to be one."""
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return UserError(
+            f"{self._manager.directory / str(step)}: cannot be restored ({reason}); "
+            "remove this state to go on from the one before it"
+        )
 
     def wait(self) -> None:
         """Returns when the state being written is complete."""
@@ -202,5 +209,5 @@ def _remove_unfinished(directory: Path) -> None:
     import orbax.checkpoint as ocp
 
     for path in directory.iterdir() if directory.is_dir() else ():
-        if not ocp.utils.is_checkpoint_finalized(path):
+        if path.is_dir() and not ocp.utils.is_checkpoint_finalized(path):
             shutil.rmtree(path)

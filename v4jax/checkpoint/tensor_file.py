@@ -47,10 +47,13 @@ DTYPES: dict[str, np.dtype] = {
 }
 """Safetensors dtype names."""
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+UNFINISHED = "conversion.unfinished.json"
+"""The record in a Hugging Face directory while a conversion writes it."""
+
+RESUME = "go on with `v4jax convert … --resume`, or remove the directory and convert again"
+"""What can be done about a conversion that was interrupted."""
 
 _FOLDERS = ("layers", "mtp", "encoding", "additional_chat_templates")
 """Of model directories, v4jax's and others'."""
@@ -296,8 +299,11 @@ def read_shards(directory: Any) -> dict[str, TensorInfo]:
     """The tensors of a Hugging Face directory: sharded with an index, or a single file.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or index and shards contradict each other.
+        CheckpointError: a file is missing or damaged, index and shards contradict each other, or a conversion into the
+            directory was interrupted.
     """
+    if (directory / UNFINISHED).is_file():
+        raise CheckpointError(f"{directory}: its conversion did not finish ({UNFINISHED} is still there); {RESUME}")
     index = directory / INDEX_FILE
     check_link(index)
     if index.is_file():

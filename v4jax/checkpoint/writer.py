@@ -300,7 +300,10 @@ def _write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> dict[str, Any]
         file.parent.mkdir(parents=True, exist_ok=True)
         # The library writes each array's buffer as it lies, whatever its strides.
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        partial.touch()
+        mode = partial.stat().st_mode  # by the umask; the library's file is for its owner alone
         save_file(arrays, partial, {"format": "pt"})  # transformers asks for this mark
+        partial.chmod(mode)
         record = _sync_and_hash(partial)
         partial.replace(file)
     return record

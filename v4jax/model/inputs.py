@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from v4jax.config import ModelConfig
 from v4jax.model.rope import Rotation, layer_frequencies, rotation
@@ -57,8 +57,17 @@ class LayerInputs:
 def document_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Positions that restart at every change of segment."""
     index = jnp.arange(segment_ids.shape[1])[None]
-    is_first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
-    return index - jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
+    return index - jax.lax.cummax(jnp.where(_is_first(segment_ids), index, 0), axis=1)
+
+
+def numbered_documents(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The documents of a row numbered in order, from 1; 0 stays padding. An id that returns is another document."""
+    number = jnp.cumsum(_is_first(segment_ids), axis=1, dtype=jnp.int32)
+    return jnp.where(segment_ids == 0, 0, number)
+
+
+def _is_first(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B S"]:
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def full_inputs(config: ModelConfig, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None) -> LayerInputs:
@@ -67,7 +76,7 @@ def full_inputs(config: ModelConfig, tokens: Int[Array, "B S"], segment_ids: Int
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         segments = jnp.ones_like(tokens)
     else:
-        positions, segments = document_positions(segment_ids), segment_ids
+        positions, segments = document_positions(segment_ids), numbered_documents(segment_ids)
     return LayerInputs(tokens, positions, segments, *_rotations(config, positions), is_packed=segment_ids is not None)
 
 

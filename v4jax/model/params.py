@@ -93,7 +93,7 @@ Initialiser = Normal | Constant | RandomTable | FromCheckpoint
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Declare:
-    """Declares variables while a model is laid out: shapes and metadata, no arrays yet (`transformer.initialise`)."""
+    """Declares variables while a model is laid out: shapes and metadata, no arrays yet (`Transformer.random`)."""
 
     policy: DTypePolicy
     leading: tuple[int, ...] = ()

@@ -1,7 +1,6 @@
 """All meshes that fit a model on a slice, ranked by the analytic model."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
 from v4jax.errors import UserError
@@ -79,8 +78,3 @@ def _is_sensible(request: Request, mesh: MeshSizes) -> bool:
         return False
     # FSDP gathers every weight for each step: only training has the work to hide that behind.
     return request.step == "train" or mesh["fsdp"] == 1
-
-
-def pick(request: Request, count: int) -> list[Candidate]:
-    """The best few, without near copies that only differ by order."""
-    return list(itertools.islice(candidates(request), count))

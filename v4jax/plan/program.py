@@ -48,7 +48,7 @@ def implementations(request: Request) -> dict[str, str]:
 
 
 def build(request: Request) -> Program:
-    """The step of a request on its slice. Trace it inside `forced`, or it takes this machine's implementations.
+    """The step of a request on its slice. `lower` traces it with a TPU's implementations.
 
     Raises:
       UserError: the mesh does not fit the slice or the model.

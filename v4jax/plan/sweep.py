@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from v4jax.errors import UserError
+from v4jax.errors import UserError, check_place
 from v4jax.plan.meshes import candidates
 from v4jax.plan.request import Request
 from v4jax.plotting import new_figure
@@ -17,14 +17,14 @@ BATCHES = (1, 8, 64, 256)
 
 
 def sweep(request: Request, name: str) -> dict[str, Any]:
-    """The best mesh by formula of every context and batch up to the model's context.
+    """The best mesh by formula of every batch and context up to the model's, which stands alone if it is below all.
 
     Returns:
       An object of JSON: what is asked, and `rows` of `context batch mesh fits bytes_per_device bound_seconds limit
       tokens_per_second_per_chip_bound`; where no mesh divides the rows, `mesh` is null.
     """
-    rows = []
-    for context in (size for size in CONTEXTS if size <= request.config.max_position_embeddings):
+    rows, longest = [], request.config.max_position_embeddings
+    for context in [size for size in CONTEXTS if size <= longest] or [longest]:
         for batch in BATCHES:
             own = dataclasses.replace(request, context=context, batch=batch)
             row: dict[str, Any] = {"context": context, "batch": batch, "mesh": None}
@@ -69,16 +69,25 @@ def table(facts: dict[str, Any]) -> Table:
     return made
 
 
+def check_plot(file: Path) -> None:
+    """Refuses what `plot` could not write: called before the work.
+
+    Raises:
+      UserError: matplotlib is missing, the name's ending is none that it writes, or the place cannot be written.
+    """
+    kinds = _figure()[0].canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in kinds:
+        raise UserError(f"--plot: got {file}, need a name ending in {' '.join(f'.{kind}' for kind in sorted(kinds))}")
+    check_place("--plot", file)
+
+
 def plot(facts: dict[str, Any], file: Path) -> None:
     """Tokens per second and chip over the context, one line per batch; hollow where it does not fit.
 
     Raises:
       UserError: matplotlib is missing.
     """
-    try:
-        figure, axes = new_figure(7, 4.5)
-    except ImportError:
-        raise UserError('--plot needs matplotlib: pip install "v4jax[plot]"') from None
+    figure, axes = _figure()
     for batch in sorted({row["batch"] for row in facts["rows"]}):
         own = [row for row in facts["rows"] if row["batch"] == batch and row["mesh"] is not None]
         places = [row["context"] for row in own]
@@ -91,3 +100,10 @@ def plot(facts: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{facts['model']} {facts['step']} on {facts['topology']} by formula; hollow: does not fit")
     axes.legend()
     figure.savefig(file, dpi=120)
+
+
+def _figure() -> tuple[Any, Any]:
+    try:
+        return new_figure(7, 4.5)
+    except ImportError:
+        raise UserError('--plot needs matplotlib: pip install "v4jax[plot]"') from None

@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 
 from v4jax.config import ModelConfig
-from v4jax.errors import UserError, check_json_place
-from v4jax.info import PRESETS
+from v4jax.errors import UsageError, UserError, check_json_place
+from v4jax.info import PRESETS, resolve_implementations
 from v4jax.loading import WeightsAtRunTime
 from v4jax.plan import report, sweep
 from v4jax.plan.compile import Compiled, Failure, compile_request
@@ -31,8 +31,9 @@ class Options:
     """A slice: v5e, v5p, v6e or tpu7x, and its size, as in v6e:8x8 or tpu7x:4x4x4."""
     step: Step
     """train (full fine-tuning with AdamW), prefill (one chunk of a prompt) or decode (one token per sequence)."""
-    context: int = 8192
-    """Tokens of a row (train), of the prompt (prefill), or before the new token (decode)."""
+    context: int | None = None
+    """Tokens of a row (train), of the prompt (prefill), or before the new token (decode); without it 8192, or the
+    model's context if that is less."""
     batch: int = 1
     """Sequences."""
     mesh: str = "auto"
@@ -46,10 +47,10 @@ class Options:
     sweep: bool = False
     """A table and a plot over contexts and batches, by formula; nothing is compiled."""
     plot: Path | None = None
-    """With --sweep: the PNG to write."""
+    """With --sweep: the picture to write, such as a .png, .pdf or .svg."""
     seconds: int = 1800
     """CPU time that one compilation may take."""
-    implementation: tuple[str, ...] = ()
+    implementation: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """op=pallas|xla|reference, to force an implementation."""
     json: Path | None = None
     """Also write the facts to this file."""
@@ -84,17 +85,22 @@ def read_request(options: Options) -> Request:
       UserError: flags that cannot be.
     """
     for name in ("context", "batch", "chunk", "compiled", "seconds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name}: got {getattr(options, name)}, need at least 1")
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name}: got {value}, need at least 1")
     check_json_place(options.json)
+    if options.plot is not None:
+        if not options.sweep:
+            raise UsageError("--plot: only a sweep is plotted; add --sweep")
+        sweep.check_plot(options.plot)
+    resolve_implementations(options.implementation)
     topology, config = parse_topology(options.topology), read_config(options.model)
-    if options.context > config.max_position_embeddings:
-        raise UserError(
-            f"--context: got {options.context}, the model's context is {config.max_position_embeddings} tokens"
-        )
+    longest = config.max_position_embeddings
+    context = min(8192, longest) if options.context is None else options.context
+    if context > longest:
+        raise UserError(f"--context: got {context}, the model's context is {longest} tokens; give a smaller --context")
     mesh = parse_mesh("data=1" if options.mesh == "auto" else options.mesh)
     request = Request(
-        config=config, topology=topology, step=options.step, context=options.context, batch=options.batch,
+        config=config, topology=topology, step=options.step, context=context, batch=options.batch,
         mesh=mesh, weights=options.weights, chunk=options.chunk, implementation=options.implementation,
     )  # fmt: skip
     if options.mesh != "auto":

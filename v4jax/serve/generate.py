@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -52,7 +53,8 @@ def generate(
     longest = max((len(prompt) for prompt in prompts), default=0)
     logits, cache = decoder.prefill(prompts, longest + max_new_tokens)
     keys = sequence_keys(sampling.seed, len(prompts))
-    settings = (float(sampling.temperature), float(sampling.top_p))
+    # The steps take float32.
+    settings = (min(float(sampling.temperature), float(np.finfo(np.float32).max)), float(sampling.top_p))
     tokens = first_sample(logits, keys, cache.length, *settings)
     is_open = np.ones(len(prompts), bool)
     for step in range(max_new_tokens):
@@ -71,7 +73,7 @@ class Options:
     path: tyro.conf.Positional[Path]
     """Hugging Face or v4jax model directory."""
     prompt: str
-    """Text to continue; with --chat, the user's message."""
+    """Text to continue; with --chat, the user's message. Text that starts with -- needs the form --prompt=TEXT."""
     chat: bool = False
     """Render the prompt as a conversation."""
     system: str | None = None
@@ -89,12 +91,12 @@ class Options:
     dtype: DType = "auto"
     """auto: float32 on CPU, bfloat16 elsewhere."""
     quant_sim: QuantSim = "auto"
-    """Simulated quantisation: auto is on for FP4 checkpoints in bfloat16."""
+    """Simulated quantisation: auto is on for FP4 checkpoints in bfloat16; a bare --quant-sim means on."""
     weights: WeightsAtRunTime = "bf16"
     """native keeps FP8 and FP4 bytes in memory and dequantises inside the step; bf16 dequantises while loading."""
     mesh: str | None = None
     """Devices to divide the model over, such as data=2,expert=4; chosen from their number if not given."""
-    implementation: tuple[str, ...] = ()
+    implementation: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """op=pallas|xla|reference, to force an implementation."""
 
 
@@ -103,6 +105,8 @@ def run(options: Options) -> None:
     if not options.chat and (options.system is not None or options.thinking):
         raise UsageError("--system and --thinking belong to a conversation: add --chat")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
+    if options.path.is_file():
+        raise UserError(f"{options.path}: got a file, need a model directory; give {options.path.parent}")
     tokenizer = Tokenizer.from_directory(options.path)
     prompt = _encode(tokenizer, options)
     keep_freed_memory()

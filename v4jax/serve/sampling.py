@@ -24,8 +24,8 @@ class Sampling:
             raise UserError(f"temperature: got {self.temperature}, need 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: got {self.top_p}, need a probability above 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed: got {self.seed}, need 0 or more, below 2^63")
+        if not 0 <= self.seed < 2**32:  # JAX keeps 32 bits of a seed
+            raise UserError(f"seed: got {self.seed}, need 0 or more, below 2^32")
 
 
 def sequence_keys(seed: int, count: int) -> jax.Array:
@@ -51,11 +51,13 @@ def sample(
     """
 
     def draw() -> jax.Array:
-        scaled = logits / temperature
+        # The likeliest first: what is exactly 0 stays 0 at any temperature.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
         ordered = jnp.sort(jax.nn.softmax(scaled), axis=-1, descending=True)
         before = jnp.cumsum(ordered, axis=-1) - ordered
         # The least probability that is kept: that of the last token whose predecessors stay below top_p.
-        floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        is_kept = (before < top_p) | (before == 0)  # a top_p that float32 rounds to 0 keeps the first
+        floor = jnp.min(jnp.where(is_kept, ordered, jnp.inf), axis=-1, keepdims=True)
         kept = jnp.where(jax.nn.softmax(scaled) >= floor, scaled, -jnp.inf)
         return jax.vmap(lambda key, position, row: jax.random.categorical(jax.random.fold_in(key, position), row))(
             keys, positions, kept

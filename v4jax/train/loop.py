@@ -2,7 +2,7 @@
 
 A run's directory:
 
-    finetune.json   what the run is: settings, and fingerprints of the model and the tokenizer
+    finetune.json   what the run is: settings, the data, and a fingerprint of the model directory
     data/           the tokens, train and held-out
     state/<step>/   training states (orbax)
     metrics.jsonl   one row per step and per evaluation
@@ -190,7 +190,10 @@ def finetune(path: str | Path, data: str, out: Path, settings: TrainOptions, *, 
             like = abstract_like(state)
             del state
             state, progress = store.restore(last, like)
-            batches.set_state(progress)
+            try:
+                batches.set_state(progress)
+            except (KeyError, TypeError, ValueError) as error:
+                raise store.damaged(last, error) from error
             console.print(f"going on after step {last}")
         with MetricsLog(_first_only(out / "metrics.jsonl"), last_step=-1 if last is None else last) as log:
             run = _Run(

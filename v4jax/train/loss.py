@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from v4jax import parallel, sharding
+from v4jax.model.inputs import numbered_documents
 from v4jax.sharding import Names, Placement
 
 DEFAULT_BLOCK_BYTES = 64 << 20
@@ -59,8 +60,9 @@ def next_token_labels(
     positions belong to the same document; padding (segment 0) and the last `ahead` tokens of a document do not.
     """
     labels = jnp.pad(tokens[:, ahead:], ((0, 0), (0, ahead)))
-    later = jnp.pad(segment_ids[:, ahead:], ((0, 0), (0, ahead)))
-    return labels, (segment_ids == later) & (segment_ids != 0)
+    documents = numbered_documents(segment_ids)
+    later = jnp.pad(documents[:, ahead:], ((0, 0), (0, ahead)))
+    return labels, (documents == later) & (documents != 0)
 
 
 def token_loss(
@@ -202,7 +204,7 @@ def _scan(visit: Callable[[Any, Any], tuple[Any, Any]], start: Any, blocks: tupl
 def _blocks(arrays: tuple[Array, ...], positions: int) -> tuple[Array, ...]:
     """[B, S, …] → [blocks, B, positions, …]; what is added at the end is masked out by its zeros."""
     batch, length = arrays[0].shape[:2]
-    count = -(-length // positions)
+    count = max(-(-length // positions), 1)
 
     def cut(array: Array) -> Array:
         padding = [(0, 0), (0, count * positions - length)] + [(0, 0)] * (array.ndim - 2)

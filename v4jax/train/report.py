@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
+
 from v4jax.plotting import new_figure
 
 Row = dict[str, Any]
@@ -46,11 +48,24 @@ class MetricsLog:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    """The whole lines of the file; a kill can leave the last one cut."""
+    """The whole lines of the file; a kill can leave the last one cut. Damaged lines are dropped, with a note."""
     if not path.is_file():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = [_read_row(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    rows = [row for row in found if row is not None]
+    if dropped := len(found) - len(rows):
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"note: {path}: {dropped} damaged line(s) dropped", markup=False)
+    return rows
+
+
+def _read_row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def plot_losses(rows: Sequence[Row], path: Path, levels: Mapping[str, float] | None = None) -> None:

@@ -96,10 +96,13 @@ def _find_files(data: str) -> tuple[Path, list[Path]]:
 
 def _read(path: Path, section: int) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            yield from _read_jsonl(path, file) if path.suffix == ".jsonl" else _read_sections(file, section)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert or remove it") from None
+        with open(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+            try:
+                yield from _read_jsonl(path, file) if path.suffix == ".jsonl" else _read_sections(file, section)
+            except UnicodeDecodeError as error:
+                # The decoder counts from the start of the last bytes that it got.
+                place = raw.tell() - len(error.object) + error.start
+                raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {place}); convert or remove it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -110,7 +113,7 @@ def _read_jsonl(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):  # also too many digits, too deep nesting
             text = None
         if not isinstance(text, str):
             raise UserError(f'{path}, line {number}: need an object with a string "text", got {line.strip()[:60]!r}')
@@ -209,7 +212,7 @@ def _read_summary(done: Path) -> dict[str, Any]:
     """What `data.json` says; nothing if it is damaged, so that the files are made again."""
     try:
         found = json.loads(done.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     is_whole = isinstance(found, dict) and all(_are_counts(found.get(split)) for split in ("train", "held_out"))
     return found if is_whole else {}
@@ -224,6 +227,8 @@ def _plan(source: TextSource, fraction: float) -> tuple[Callable[[], Iterator[st
     """The documents and their split; a lone document is cut into sections first."""
     section = SECTION_CHARACTERS
     first = list(_take(source.documents(), 2))
+    if not first:
+        raise UserError(f"--data: no text in {source.data}; need at least one document")
     if len(first) == 1:
         section = max(_SHORTEST_SECTION, len(first[0]) // _LONE_DOCUMENT_SECTIONS)
     return lambda: source.documents(section), split_documents(source.documents(section), fraction)
@@ -297,15 +302,27 @@ class _Writer:
 
 
 def _open(directory: Path, split: Split, counts: dict[str, Any]) -> Corpus:
+    files = [directory / f"{split}.npy", directory / f"{split}.offsets.npy"]
     # An empty file cannot be mapped.
-    try:
-        tokens = np.load(directory / f"{split}.npy", mmap_mode="r" if counts["tokens"] else None)
-        offsets = np.load(directory / f"{split}.offsets.npy")
-    except (OSError, ValueError, EOFError):  # what NumPy raises for missing, damaged and empty files
-        tokens = offsets = np.empty(0)
-    if len(tokens) != counts["tokens"] or len(offsets) != counts["documents"] + 1:
-        raise UserError(f"{directory}: {split}.npy is not the file that data.json describes; remove the directory")
+    tokens = _load(files[0], np.uint32, counts["tokens"], mmap_mode="r" if counts["tokens"] else None)
+    offsets = _load(files[1], np.int64, counts["documents"] + 1)
+    if tokens is None or offsets is None:
+        bad = [file.name for file, array in zip(files, (tokens, offsets), strict=True) if array is None]
+        raise UserError(
+            f"{directory}: {' and '.join(bad)}: not what data.json describes; remove the directory {directory}, and "
+            "the same command makes it anew"
+        )
     return Corpus(tokens, offsets, counts["text_bytes"], counts["text_tokens"])
+
+
+def _load(file: Path, dtype: type, length: int, mmap_mode: Literal["r"] | None = None) -> np.ndarray | None:
+    """The array of a file; None if the file is missing or damaged."""
+    try:
+        array = np.load(file, mmap_mode=mmap_mode)
+    except Exception:  # NumPy lets through whatever its parsers raise for a damaged header
+        return None
+    is_whole = isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == (length,)
+    return array if is_whole else None
 
 
 def load_corpora(
@@ -314,7 +331,7 @@ def load_corpora(
     """Both splits of a `--data` value, in tokens of the model directory's tokenizer: BOS, document, EOS.
 
     Raises:
-        UserError: no text, no tokenizer, or one with more ids than the model's vocabulary.
+        UserError: no text, no tokenizer, or one whose ids or special tokens lie beyond the model's vocabulary.
     """
     tokenizer = Tokenizer.from_directory(model)
     if tokenizer.vocab_size > config.vocab_size:
@@ -322,13 +339,20 @@ def load_corpora(
             f"{model}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else None
+    for key, token in (("bos_token_id", bos), ("eos_token_id", eos)):
+        if token is not None and token >= config.vocab_size:
+            raise UserError(
+                f"{model}: {key} of generation_config.json (or config.json) is {token}, the model's vocab_size is "
+                f"{config.vocab_size}; correct it"
+            )
     return tokenise(
         TextSource(data),
         directory,
         tokenizer.encode_batch,
         vocab_size=config.vocab_size,
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else None,
+        bos=bos,
+        eos=eos,
         held_out_fraction=held_out_fraction,
         key=hashlib.sha256((Path(model) / "tokenizer.json").read_bytes()).hexdigest(),
     )
