@@ -330,8 +330,7 @@ def _agreed_scaling(given: dict[str, dict[str, Any] | None]) -> RopeScaling | No
 
 
 def _read_scaling(scaling: dict[str, Any]) -> RopeScaling | None:
-    kind = _check_rope_type("rope_scaling", scaling, ("default", "yarn")) if scaling else "default"
-    if kind == "default":
+    if _check_rope_type("rope_scaling", scaling, ("default", "yarn")) == "default":
         return None
     if scaling.get("attention_factor") not in (None, 1, 1.0) or scaling.get("mscale") or scaling.get("mscale_all_dim"):
         raise ConfigError(
