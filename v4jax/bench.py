@@ -87,10 +87,7 @@ def bench_model(
     limits, rows, needs = _Limits(), [], []
     with contextlib.ExitStack() as stack:
         names = ("ours",) if against is None else ("ours", against)
-        sides = {
-            name: stack.enter_context(SideProcess(Setup(name, config, THREADS, calls=repetitions + 1)))
-            for name in names
-        }
+        sides = {name: stack.enter_context(SideProcess(Setup(name, config, THREADS))) for name in names}
         for work in workloads:
             is_decode = work.kind == "decode"
             experts = sides["ours"].distinct_experts(work) if is_decode else 0.0
@@ -129,9 +126,7 @@ def _take_turns(sides: dict[str, SideProcess], work: Workload, limits: "_Limits"
     for _ in range(repetitions):
         limits.measure()
         for name, side in sides.items():
-            start = time.perf_counter()
-            side.run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(side.run())
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

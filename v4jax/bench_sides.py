@@ -7,6 +7,7 @@ chose: `finetune` keeps freed memory, for one, which no user of the peer does.
 import dataclasses
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -19,7 +20,7 @@ import numpy as np
 from v4jax.bench_products import products_alone
 from v4jax.compilation import jit
 from v4jax.config import ModelConfig
-from v4jax.cost import Run, Workload
+from v4jax.cost import Run, Workload, timed
 from v4jax.dtypes import DTypePolicy
 from v4jax.errors import UserError
 from v4jax.host_memory import keep_freed_memory
@@ -60,8 +61,6 @@ class Setup:
     side: Literal["ours", "transformers"]
     config: ModelConfig
     threads: int
-    calls: int
-    """Times that each workload will be run."""
 
 
 class SideProcess:
@@ -82,9 +81,9 @@ class SideProcess:
         """Makes a workload ready."""
         self._ask("prepare", work)
 
-    def run(self) -> None:
-        """Runs the workload that is ready once; returns when it is done."""
-        self._ask("run", None)
+    def run(self) -> float:
+        """Runs the workload that is ready once, and returns the seconds that it took."""
+        return self._ask("run", None)
 
     def distinct_experts(self, work: Workload) -> float:
         """See `Ours.distinct_experts`."""
@@ -136,7 +135,7 @@ def _serve(pipe: Connection, setup: Setup) -> None:
                 run = getattr(side, argument.kind)(argument)
             elif what == "run":
                 assert run is not None
-                run()
+                answer = run()
             else:
                 answer = getattr(side, what)(argument)
             pipe.send((False, answer))
@@ -152,7 +151,7 @@ def _make(setup: Setup) -> tuple[Side, float | None]:
     stacked = jax.default_backend() == "tpu"
     model = Transformer.random(setup.config, DTypePolicy.named("float32"), stacked=stacked)
     if setup.side == "ours":
-        return Ours(setup.config, model, setup.calls), None
+        return Ours(setup.config, model), None
     peer = Transformers(setup.config, model, _TRAINING, setup.threads)
     return peer, peer.logit_difference(model)
 
@@ -160,9 +159,8 @@ def _make(setup: Setup) -> tuple[Side, float | None]:
 class Ours:
     """The functions behind `v4jax generate` and `v4jax finetune`."""
 
-    def __init__(self, config: ModelConfig, model: Transformer, calls: int) -> None:
+    def __init__(self, config: ModelConfig, model: Transformer) -> None:
         self.config = config
-        self.calls = calls
         self._model: Transformer | None = model
         self._decoder = Decoder(model)
         self._lower_training: Callable[[], jax.stages.Lowered] | None = None
@@ -174,17 +172,19 @@ class Ours:
         def prefill() -> None:
             next(generate(self._decoder, prompts, max_new_tokens=1, sampling=_GREEDY, stop=()))
 
-        return prefill
+        return timed(prefill)
 
     def decode(self, work: Workload) -> Run:
-        """Goes on with a generation whose prompt is the context."""
+        """Goes on with a generation whose prompt is the context, read anew each time."""
         prompts = work.draw(self.config.vocab_size).tolist()
-        stream = generate(self._decoder, prompts, max_new_tokens=1 + self.calls * work.steps, sampling=_GREEDY, stop=())
-        next(stream)
 
-        def decode() -> None:
-            for _ in range(work.steps):
-                next(stream)
+        def decode() -> float:
+            stream = generate(self._decoder, prompts, max_new_tokens=1 + work.steps, sampling=_GREEDY, stop=())
+            next(stream)
+            start = time.perf_counter()
+            for _ in stream:
+                pass
+            return time.perf_counter() - start
 
         return decode
 
@@ -203,7 +203,7 @@ class Ours:
             metrics.loss.block_until_ready()
 
         self._lower_training = lambda: step.lower(state, frozen, batch)
-        return train
+        return timed(train)
 
     def products_alone(self, work: Workload) -> float:
         """Seconds that the matrix products of one run of a workload take, each timed alone (`bench_products`).
@@ -217,7 +217,7 @@ class Ours:
         elif work.kind == "prefill":
             lowered = self._decoder.lower_prefill(work.batch, work.length, work.length + 1)
         else:
-            lowered = self._decoder.lower_step_and_sample(work.batch, work.length + 1 + self.calls * work.steps)
+            lowered = self._decoder.lower_decode(work.batch, work.length + 1 + work.steps)
         seconds = products_alone(lowered, is_cold=work.kind == "decode")
         return seconds * (work.steps if work.kind == "decode" else 1)
 

@@ -11,8 +11,12 @@ from kernels_pallas.tpu import Chip, current_chip
 from v4jax import ops
 
 # XLA's default order on CPU allocates the loop buffers of all layers at once; this one is no slower, and a forward pass
-# of 32,768 tokens of the 137M-parameter model needs 1.2 GiB of temporaries with it instead of 4.1.
-_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+# of 32,768 tokens of the 137M-parameter model needs 1.2 GiB of temporaries with it instead of 4.1. XLA fills half of a
+# 512-bit vector unless told otherwise; all of it makes a prefill of 512 tokens 1 to 3 % faster, and nothing slower.
+_CPU_OPTIONS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_prefer_vector_width": "512",
+}
 
 
 def compiler_options(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,8 +12,19 @@ from jaxtyping import Int
 from v4jax.checkpoint.names import Storage, section_parameters, sections
 from v4jax.config import AttentionKind, ModelConfig, layer_plan
 
-Run = Callable[[], None]
-"""One timed piece of work; returns when its result is there."""
+Run = Callable[[], float]
+"""One piece of work: returns when its result is there, with the seconds that it took."""
+
+
+def timed(work: Callable[[], None]) -> Run:
+    """`work`, all of which counts."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The transformers implementation of the model, as the other side of `v4jax bench model` and `v4jax verify`."""
 
+import copy
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from v4jax.checkpoint.names import Section, Spelling, section_parameters, sectio
 from v4jax.checkpoint.reader import Checkpoint
 from v4jax.compilation import jit
 from v4jax.config import ModelConfig
-from v4jax.cost import Run, Workload
+from v4jax.cost import Run, Workload, timed
 from v4jax.errors import UserError
 from v4jax.model.inputs import Choices
 from v4jax.model.transformer import Transformer
@@ -66,20 +68,22 @@ class Transformers:
             with self._torch.inference_mode():
                 self._next_token(tokens, self._new_cache())
 
-        return prefill
+        return timed(prefill)
 
     def decode(self, work: Workload) -> Run:
-        """One forward pass per token, with the model's own cache."""
-        cache = self._new_cache()
+        """One forward pass per token, with the model's own cache: a copy of the context's each time."""
+        context, first = self._new_cache(), None
         with self._torch.inference_mode():
             for chunk in self._tokens(work).split(_CONTEXT_CHUNK, dim=1):
-                token = self._next_token(chunk, cache)
+                first = self._next_token(chunk, context)
 
-        def decode() -> None:
-            nonlocal token
+        def decode() -> float:
+            token, cache = first, copy.deepcopy(context)
+            start = time.perf_counter()
             with self._torch.inference_mode():
                 for _ in range(work.steps):
                     token = self._next_token(token, cache)
+            return time.perf_counter() - start
 
         return decode
 
@@ -103,7 +107,7 @@ class Transformers:
             self._torch.nn.utils.clip_grad_norm_(self.module.parameters(), own.clip)
             adamw.step()
 
-        return train
+        return timed(train)
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache

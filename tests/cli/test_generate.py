@@ -11,8 +11,8 @@ import pytest
 import v4jax as package
 from v4jax.errors import UserError
 from v4jax.serve import generate as verb
-from v4jax.serve.decoder import Decoder
-from v4jax.serve.sampling import Sampling
+from v4jax.serve.decoder import MAX_STEPS, Decoder, Drawing
+from v4jax.serve.sampling import Sampling, sequence_keys
 from v4jax.tokenizer import Tokenizer
 
 NEW = 12
@@ -83,6 +83,43 @@ def test_a_stopped_sequence_ends_with_its_stop_token_while_others_go_on(decoder,
 def test_generation_ends_when_all_sequences_have(decoder, greedy):
     (tokens,) = complete(decoder, PROMPTS[:1], stop=[greedy[0][3]])
     assert len(tokens) == greedy[0].index(greedy[0][3]) + 1
+
+
+@pytest.mark.parametrize("steps", [1, 5, MAX_STEPS])
+def test_tokens_do_not_depend_on_how_many_steps_a_call_takes(decoder, greedy, monkeypatch, steps):
+    stop = greedy[1][6]
+    want = complete(decoder, PROMPTS, stop=[stop])
+    monkeypatch.setattr(verb, "_steps_per_call", lambda _: steps)
+    assert complete(decoder, PROMPTS) == greedy
+    assert complete(decoder, PROMPTS, stop=[stop]) == want
+
+
+def test_a_call_ends_when_all_sequences_have(decoder, greedy):
+    prompt, (first, *rest) = PROMPTS[0], greedy[0]
+    taken = rest.index(rest[3]) + 1
+    _, cache = decoder.prefill([prompt], TOTAL)
+    drawing = Drawing(sequence_keys(0, 1), 0.0, 1.0, np.array([rest[3]], np.int32))
+    tokens, is_open = np.array([first], np.int32), np.ones(1, bool)
+    drawn, cache = decoder.decode(tokens, is_open, cache, drawing, 9)
+    np.testing.assert_array_equal(drawn[:, 0], [*rest[:taken], *[0] * (MAX_STEPS - taken)])
+    np.testing.assert_array_equal(cache.length, len(prompt) + taken)
+    drawn, cache = decoder.decode(tokens, ~is_open, cache, drawing, 9)
+    assert not np.any(drawn)
+
+
+def test_a_call_takes_about_a_fifth_of_a_second():
+    assert [verb._steps_per_call(seconds) for seconds in (None, 5.0, 0.19, 0.05, 1e-9)] == [1, 1, 1, 4, MAX_STEPS]
+
+
+@pytest.mark.parametrize("count", [0, MAX_STEPS + 1])
+def test_a_call_of_too_many_steps_or_none_is_refused(decoder, count):
+    cache, drawing = decoder.model.init_cache(1, TOTAL), Drawing(sequence_keys(0, 1), 0.0, 1.0, np.zeros(0, np.int32))
+    with pytest.raises(ValueError, match=f"count: got {count}, need 1 to {MAX_STEPS}"):
+        decoder.decode(np.zeros(1, np.int32), np.ones(1, bool), cache, drawing, count)
+
+
+def test_stop_tokens_that_no_model_knows_stop_nothing(decoder, greedy):
+    assert complete(decoder, PROMPTS, stop=[-1, 300, 2**40]) == greedy
 
 
 def test_the_end_tokens_of_the_config_stop_by_default(decoder, greedy, monkeypatch):

@@ -2,10 +2,12 @@
 
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 import tyro
 
@@ -16,10 +18,13 @@ from v4jax.host_memory import keep_freed_memory
 from v4jax.loading import DType, QuantSim, WeightsAtRunTime, load
 from v4jax.model.transformer import Transformer
 from v4jax.parallel import on_host
-from v4jax.serve.decoder import Decoder, first_sample
+from v4jax.serve.decoder import MAX_STEPS, Decoder, Drawing, first_sample
 from v4jax.serve.sampling import Sampling, sequence_keys
 from v4jax.sharding import choose_mesh
 from v4jax.tokenizer import Tokenizer
+
+_SECONDS_PER_CALL = 0.2
+_STEPS_OF_PROCESSES = 8
 
 
 def generate(
@@ -30,7 +35,7 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continues a batch of prompts token by token.
+    """Continues a batch of prompts, several steps per call of the decoder where they are short.
 
     Args:
         model: a `Decoder` to share compiled steps between calls, or a model.
@@ -49,21 +54,33 @@ def generate(
     config, sampling = decoder.model.config, sampling or Sampling()
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: got {max_new_tokens}, need at least 1")
-    ends = set(config.eos_token_ids if stop is None else stop)
+    stop = config.eos_token_ids if stop is None else stop
+    ends = np.array([token for token in stop if 0 <= token < config.vocab_size], np.int32)
     longest = max((len(prompt) for prompt in prompts), default=0)
     logits, cache = decoder.prefill(prompts, longest + max_new_tokens)
-    keys = sequence_keys(sampling.seed, len(prompts))
     # The steps take float32.
-    settings = (min(float(sampling.temperature), float(np.finfo(np.float32).max)), float(sampling.top_p))
-    tokens = first_sample(logits, keys, cache.length, *settings)
-    is_open = np.ones(len(prompts), bool)
-    for step in range(max_new_tokens):
-        drawn = on_host(tokens)
-        yield [int(token) if is_open[i] else None for i, token in enumerate(drawn)]
-        is_open &= ~np.isin(drawn, list(ends))
-        if not is_open.any() or step + 1 == max_new_tokens:
-            return
-        tokens, cache = decoder.step_and_sample(tokens, cache, keys, *settings)
+    temperature = min(float(sampling.temperature), float(np.finfo(np.float32).max))
+    drawing = Drawing(sequence_keys(sampling.seed, len(prompts)), temperature, float(sampling.top_p), ends)
+    tokens = on_host(first_sample(logits, drawing.keys, cache.length, drawing.temperature, drawing.top_p))[None]
+    is_open, left, seconds = np.ones(len(prompts), bool), max_new_tokens, None
+    while True:
+        for drawn in tokens:
+            yield [int(token) if is_open[i] else None for i, token in enumerate(drawn)]
+            is_open = is_open & ~np.isin(drawn, ends)
+            left -= 1
+            if not is_open.any() or not left:
+                return
+        count, start = min(_steps_per_call(seconds), left), time.perf_counter()
+        block, cache = decoder.decode(tokens[-1], is_open, cache, drawing, count)
+        tokens = on_host(block)[:count]
+        seconds = (time.perf_counter() - start) / count
+
+
+def _steps_per_call(seconds: float | None) -> int:
+    """Steps that one call of the decoder takes, given how long the last ones took: text shall still flow."""
+    if jax.process_count() > 1:  # all must do the same, and their clocks differ
+        return _STEPS_OF_PROCESSES
+    return 1 if seconds is None else min(max(int(_SECONDS_PER_CALL / seconds), 1), MAX_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
