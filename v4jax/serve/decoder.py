@@ -146,6 +146,16 @@ def _head(structure: Any, leaves: tuple, hidden: jax.Array) -> jax.Array:
     return jax.tree.unflatten(structure, leaves).logits(hidden)
 
 
+class _Loop(NamedTuple):
+    """What one step of `_decode` hands to the next."""
+
+    step: jax.Array
+    last: jax.Array
+    is_open: jax.Array
+    cache: Cache
+    tokens: jax.Array
+
+
 @functools.partial(jit, static_argnums=0, donate_argnames="cache")
 def _decode(
     structure: Any, leaves: tuple, tokens: jax.Array, is_open: jax.Array, cache: Cache, drawing: Drawing,
@@ -166,14 +176,6 @@ def _decode(
     start = _Loop(jnp.int32(0), tokens, is_open, cache, jnp.zeros((MAX_STEPS, *tokens.shape), jnp.int32))
     end = jax.lax.while_loop(goes_on, one_step, start)
     return end.tokens, end.cache
-
-
-class _Loop(NamedTuple):
-    step: jax.Array
-    last: jax.Array
-    is_open: jax.Array
-    cache: Cache
-    tokens: jax.Array
 
 
 first_sample = jit(sample)

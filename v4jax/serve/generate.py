@@ -24,7 +24,9 @@ from v4jax.sharding import choose_mesh
 from v4jax.tokenizer import Tokenizer
 
 _SECONDS_PER_CALL = 0.2
+"""What one call of the decoder may take before its tokens are shown."""
 _STEPS_OF_PROCESSES = 8
+"""Steps per call where several processes run the model together."""
 
 
 def generate(
